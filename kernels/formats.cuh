@@ -1,0 +1,94 @@
+// kernels/formats.cuh -- the number formats of FP4 training: E2M1, E4M3, E8M0, and where a block scale lies in memory.
+//
+// E2M1 (FP4)   0 .5 1 1.5 2 3 4 6 and their negatives: code = sign << 3 | index. Ties go to the even index. Above 6: saturates.
+// E4M3 (FP8)   1 sign, 4 exponent (bias 7), 3 mantissa bits; largest 448, smallest 2^-9, no infinity, 0x7f is NaN.
+// E8M0         a power of two: 2^(byte - 127); 255 is NaN.
+// Source       OCP Microscaling Formats 1.0; PTX ISA `cvt` (saturating conversions: NaN -> +6 in E2M1, NaN in E4M3).
+// These functions are plain arithmetic so that host and device, CPU and every GPU agree bit for bit. They are checked over
+// all codes and all BF16 values, and against the host conversions of cuda_fp4.h / cuda_fp8.h where those are installed.
+#pragma once
+#include "cuda.cuh"
+
+constexpr float kE2M1Max = 6;
+constexpr float kE4M3Max = 448;
+
+// ------------------------------------------------------------------ E2M1
+// The value of index 0..7. Written as arithmetic, not as a table, so that a loop over 16 codes vectorizes on the CPU.
+__host__ __device__ __forceinline__ float e2m1_magnitude(int index) {
+  return 0.5f * (float)index + 0.5f * (float)(index > 4 ? index - 4 : 0) + (index == 7 ? 1.0f : 0.0f);
+}
+__host__ __device__ __forceinline__ float e2m1_decode(int code) {
+  const float m = e2m1_magnitude(code & 7);
+  return code & 8 ? -m : m;
+}
+// Index of the nearest grid value, |v| given. The comparisons that read "not below" are the ties that round up; a NaN passes all.
+__host__ __device__ __forceinline__ int e2m1_index_rn(float a) {
+  return (int)!(a <= 0.25f) + (int)!(a < 0.75f) + (int)!(a <= 1.25f) + (int)!(a < 1.75f) + (int)!(a <= 2.5f) + (int)!(a < 3.5f) + (int)!(a <= 5.0f);
+}
+__host__ __device__ __forceinline__ int e2m1_sign(float v) {          // 8 if the sign bit is set; NaN counts as positive
+  return v != v ? 0 : (int)(float_bits(v) >> 28 & 8);
+}
+// Round to nearest even code.
+__host__ __device__ __forceinline__ int e2m1_encode(float v) { return e2m1_sign(v) | e2m1_index_rn(fabsf(v)); }
+
+// Stochastic rounding with u in [0, 1): up with probability (|v| - lo) / (hi - lo). |v| - lo is exact, so nothing is lost.
+__host__ __device__ __forceinline__ int e2m1_index_sr(float a, float u) {
+  const int lo = (int)!(a < 0.5f) + (int)!(a < 1.0f) + (int)!(a < 1.5f) + (int)!(a < 2.0f) + (int)!(a < 3.0f) + (int)!(a < 4.0f) + (int)!(a < 6.0f);
+  const float per_step = lo < 4 ? 2.0f : lo < 6 ? 1.0f : 0.5f;          // 1 / (hi - lo)
+  return lo + (int)(lo < 7 && u < (a - e2m1_magnitude(lo)) * per_step);
+}
+__host__ __device__ __forceinline__ int e2m1_encode_sr(float v, float u) { return e2m1_sign(v) | e2m1_index_sr(fabsf(v), u); }
+
+// ------------------------------------------------------------------ E4M3
+__host__ __device__ inline float e4m3_decode(uint8_t byte) {
+  const int e = byte >> 3 & 15, m = byte & 7;
+  if ((byte & 0x7f) == 0x7f) return bits_float(0x7fffffffu);
+  const float a = e == 0 ? (float)m * 0x1p-9f : bits_float((unsigned)(e + 120) << 23 | (unsigned)m << 20);
+  return byte & 0x80 ? -a : a;
+}
+// Round to nearest even, saturating at 448.
+__host__ __device__ inline uint8_t e4m3_encode(float v) {
+  const unsigned bits = float_bits(v), sign = bits >> 24 & 0x80, a = bits & 0x7fffffff;
+  if (a > 0x7f800000u) return (uint8_t)(sign | 0x7f);
+  if (a >= 0x43e00000u) return (uint8_t)(sign | 0x7e);                                        // 448 and above
+  if (a < 0x3c800000u) return (uint8_t)(sign | (unsigned)rintf(fabsf(v) * 512.0f));           // below 2^-6: steps of 2^-9
+  return (uint8_t)(sign | (((a + 0x7ffff + (a >> 20 & 1)) >> 20) - (120u << 3)));
+}
+
+// ------------------------------------------------------------------ E8M0: scales of MXFP4 and MXFP8, v >= 0
+__host__ __device__ inline float e8m0_decode(uint8_t byte) {
+  if (byte == 255) return bits_float(0x7fffffffu);
+  return byte == 0 ? 0x1p-127f : bits_float((unsigned)byte << 23);
+}
+// The largest power of two <= v (smallest code if v is below it); saturates at 2^127.
+__host__ __device__ inline uint8_t e8m0_encode_floor(float v) {
+  const unsigned a = float_bits(v) & 0x7fffffff;
+  if (a > 0x7f800000u) return 255;
+  if (a == 0x7f800000u) return 254;
+  return (uint8_t)(a >> 23);
+}
+// The smallest power of two >= v (PTX cvt.rp.satfinite.ue8m0x2); saturates at 2^127.
+__host__ __device__ inline uint8_t e8m0_encode_ceil(float v) {
+  const unsigned a = float_bits(v) & 0x7fffffff;
+  if (a > 0x7f800000u) return 255;
+  if (a <= 0x00400000u) return 0;                                          // up to 2^-127
+  const unsigned up = (a >> 23) + ((a & 0x7fffff) != 0);
+  return (uint8_t)(up < 254 ? up : 254);
+}
+
+// ------------------------------------------------------------------ where block scales lie: the 128x4 tiled layout
+// cuBLASLt, tcgen05 and our mma.sync kernel all read block scales from tiles of 128 rows x 4 blocks, 512 bytes each:
+//
+//   tile (row / 128, block / 4), tiles row-major over ceil(blocks / 4);   inside a tile, byte
+//       (row % 32) * 16  +  (row % 128) / 32 * 4  +  block % 4
+//
+// so the four scales of one row and 64 consecutive elements are one aligned 32-bit word, and rows r, r+32, r+64, r+96 share
+// 16 bytes. Rows and blocks beyond the matrix are zero: they are read by the hardware.
+// Source: cuBLAS documentation, "1D block scaling factors layout"; CUTLASS Sm1xxBlockScaledConfig.
+__host__ __device__ inline size_t scale_offset(int row, int block, int blocks) {
+  return ((size_t)(row / 128) * ((blocks + 3) / 4) + block / 4) * 512 + row % 32 * 16 + row % 128 / 32 * 4 + block % 4;
+}
+// Bytes of the scale buffer of an operand [rows, cols] with one scale for 16 columns.
+__host__ __device__ inline size_t scale_bytes(int rows, int cols) {
+  return (size_t)ceil_div(rows, 128) * ceil_div(ceil_div(cols, 16), 4) * 512;
+}

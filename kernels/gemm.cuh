@@ -1,0 +1,189 @@
+// kernels/gemm.cuh -- matrix multiplication behind one small interface.
+//
+// What    D[M,N] = alpha * A B^T (+ D),  contraction over K. Everything is row-major. A is [M,K], or stored as [K,M] with
+//         a_transposed; B is [N,K], or stored as [K,N]. FP32 accumulation; D is floatX, or FP32 (weight gradients).
+// Which   GEMM of a linear layer Y = X W^T (X [T,K], W [N,K]):
+//             fprop  Y  [T,N] = X  [T,K] * W  [N,K]           contraction K
+//             dgrad  dX [T,K] = dY [T,N] * W^T[K,N]           contraction N
+//             wgrad  dW [N,K] = dY^T[N,T] * X^T[K,T]          contraction T, accumulated in FP32
+// Ways    no FP4 hardware  operands are floatX values; an NVFP4 operand (code * E4M3 scale) needs at most 6 significant bits, so
+//                          BF16 holds it exactly, every product is exact in FP32, and the two FP32 tensor scales go to alpha.
+//                          This computes what an FP4 tensor core computes, up to the order of summation. On a GPU: cuBLASLt.
+//                          On a CPU: a cache-blocked loop on all cores.
+//         FP4 tensor cores not in this file yet: the codes and scales that quantize.cuh packs are its operands.
+// Cost    2 M N K flops.
+#pragma once
+#include <vector>
+#include "cuda.cuh"
+#ifndef CPU_BUILD
+#include <cublasLt.h>
+#include <map>
+#include <tuple>
+#elif defined(__FMA__) && defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+struct Gemm {
+  int M = 0, N = 0, K = 0;
+  const floatX* A = nullptr; int lda = 0; bool a_transposed = false;   // [M,K], or [K,M]; lda: elements from one stored row to the next
+  const floatX* B = nullptr; int ldb = 0; bool b_transposed = false;   // [N,K], or [K,N]
+  void* D = nullptr; int ldd = 0; bool d_fp32 = false;                 // [M,N] floatX, or float
+  bool accumulate = false;                                             // add to what D holds
+  const float* alpha = nullptr;                                        // device scalar; null means 1
+};
+
+#ifdef CPU_BUILD
+// ------------------------------------------------------------------ CPU: packed panels and a 6x16 register tile
+// Both operands are first rewritten as FP32 panels: A in strips of 6 rows, B in strips of 16, each strip k-major, so that the
+// inner loop reads two short contiguous runs and keeps 12 vector accumulators in registers. Each element of D is computed by one
+// thread in one order (k ascending): the result does not depend on the number of cores.
+namespace cpu_gemm {
+constexpr int kRows = 6, kCols = 16;
+typedef float float8 __attribute__((vector_size(32)));
+inline float8 multiply_add(float8 a, float8 b, float8 c) {
+#if defined(__FMA__) && defined(__AVX2__)
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+// Strip `s` of kWidth rows of X [rows, K] (or of its transpose) as out[k][kWidth], zeros beyond the edge.
+template <int kWidth> void pack_strip(float* out, const floatX* X, int ld, bool transposed, int rows, int K, int s) {
+  const int first = s * kWidth, n = min(kWidth, rows - first);
+  if (transposed) {
+    for (int k = 0; k < K; k++)
+      for (int i = 0; i < kWidth; i++) out[k * kWidth + i] = i < n ? to_float(X[(size_t)k * ld + first + i]) : 0.0f;
+  } else {
+    for (int i = 0; i < kWidth; i++)
+      for (int k = 0; k < K; k++) out[k * kWidth + i] = i < n ? to_float(X[(size_t)(first + i) * ld + k]) : 0.0f;
+  }
+}
+
+inline void tile(float (&out)[kRows][kCols], const float* a, const float* b, int K) {
+  float8 acc[kRows][2] = {};
+  for (int k = 0; k < K; k++, a += kRows, b += kCols) {
+    float8 b0, b1;
+    memcpy(&b0, b, 32);
+    memcpy(&b1, b + 8, 32);
+    for (int i = 0; i < kRows; i++) {
+      const float8 x = {a[i], a[i], a[i], a[i], a[i], a[i], a[i], a[i]};
+      acc[i][0] = multiply_add(x, b0, acc[i][0]);
+      acc[i][1] = multiply_add(x, b1, acc[i][1]);
+    }
+  }
+  memcpy(out, acc, sizeof out);
+}
+}  // namespace cpu_gemm
+
+inline void gemm(const Gemm& g) {
+  using namespace cpu_gemm;
+  static std::vector<float> packed_a, packed_b;             // grow to the largest operand; gemm() is called by one thread
+  const int strips_a = ceil_div(g.M, kRows), strips_b = ceil_div(g.N, kCols);
+  packed_a.resize(std::max(packed_a.size(), (size_t)strips_a * kRows * g.K));
+  packed_b.resize(std::max(packed_b.size(), (size_t)strips_b * kCols * g.K));
+  float *const pa = packed_a.data(), *const pb = packed_b.data();
+  cuda_on_cpu::parallel_for(strips_a, [&](size_t s) { pack_strip<kRows>(pa + s * kRows * g.K, g.A, g.lda, g.a_transposed, g.M, g.K, (int)s); });
+  cuda_on_cpu::parallel_for(strips_b, [&](size_t s) { pack_strip<kCols>(pb + s * kCols * g.K, g.B, g.ldb, g.b_transposed, g.N, g.K, (int)s); });
+  const float alpha = g.alpha ? *g.alpha : 1.0f;
+  constexpr int kTaskA = 16, kTaskB = 8;                    // strips in a task: 96 x 128 elements of D
+  const int tasks_b = ceil_div(strips_b, kTaskB);
+  cuda_on_cpu::parallel_for((size_t)ceil_div(strips_a, kTaskA) * tasks_b, [&](size_t task) {
+    const int a0 = (int)(task / tasks_b) * kTaskA, b0 = (int)(task % tasks_b) * kTaskB;
+    for (int sb = b0; sb < min(b0 + kTaskB, strips_b); sb++) for (int sa = a0; sa < min(a0 + kTaskA, strips_a); sa++) {
+      float t[kRows][kCols];
+      tile(t, pa + (size_t)sa * kRows * g.K, pb + (size_t)sb * kCols * g.K, g.K);
+      for (int i = 0; i < min(kRows, g.M - sa * kRows); i++) for (int j = 0; j < min(kCols, g.N - sb * kCols); j++) {
+        const size_t at = (size_t)(sa * kRows + i) * g.ldd + sb * kCols + j;
+        if (g.d_fp32) { float* d = (float*)g.D + at; *d = alpha * t[i][j] + (g.accumulate ? *d : 0.0f); }
+        else { floatX* d = (floatX*)g.D + at; *d = from_float<floatX>(alpha * t[i][j] + (g.accumulate ? to_float(*d) : 0.0f)); }
+      }
+    }
+  });
+}
+inline const char* gemm_way() { return "FP32 multiply-add on the CPU's cores, on exact operand values"; }
+
+#else
+// ------------------------------------------------------------------ GPU: cuBLASLt
+// cuBLAS is column-major. Our row-major D[M,N] is its D^T[N,M], so its first operand is our B and its second our A.
+// alpha and beta lie on the device (alpha holds tensor scales that the host never sees). The plan of a shape (descriptors and the
+// algorithm that the library's heuristic chose) is made once.
+inline void cublas_check_at(cublasStatus_t s, const char* what, const Gemm& g) {
+  if (s != CUBLAS_STATUS_SUCCESS)
+    die("cuBLASLt: %s failed with status %d (%s) for GEMM M %d N %d K %d, A %s, B %s, D %s; is this the CUDA library of this GPU's driver?", what, (int)s,
+        cublasLtGetStatusString(s), g.M, g.N, g.K, g.a_transposed ? "[K,M]" : "[M,K]", g.b_transposed ? "[K,N]" : "[N,K]", g.d_fp32 ? "FP32" : "floatX");
+}
+
+struct CublasLt {
+  static constexpr size_t kWorkspace = 32 << 20;           // what cuBLAS recommends for sm_90
+  cublasLtHandle_t handle = nullptr;
+  void* workspace = nullptr;
+  float* constants = nullptr;                              // device {0, 1}
+  struct Plan { cublasLtMatmulDesc_t desc; cublasLtMatrixLayout_t a, b, d; cublasLtMatmulAlgo_t algo; };
+  using Key = std::tuple<int, int, int, int, int, int, int, int>;
+  std::map<Key, Plan> plans;
+};
+inline CublasLt& cublaslt() {
+  static CublasLt* c = [] {
+    CublasLt* n = new CublasLt;
+    Gemm none;
+    cublas_check_at(cublasLtCreate(&n->handle), "cublasLtCreate", none);
+    n->workspace = device_alloc<char>(CublasLt::kWorkspace);
+    n->constants = device_alloc<float>(2);
+    const float c[2] = {0, 1};
+    to_device(n->constants, c, 2);
+    device_sync();
+    return n;
+  }();
+  return *c;
+}
+
+inline CublasLt::Plan make_plan(const Gemm& g) {
+  CublasLt& lt = cublaslt();
+  CublasLt::Plan p = {};
+  const cudaDataType_t type = sizeof(floatX) == 2 ? CUDA_R_16BF : CUDA_R_32F, d_type = g.d_fp32 ? CUDA_R_32F : type;
+  const cublasOperation_t op_first = g.b_transposed ? CUBLAS_OP_N : CUBLAS_OP_T, op_second = g.a_transposed ? CUBLAS_OP_T : CUBLAS_OP_N;
+  const cublasLtPointerMode_t mode = CUBLASLT_POINTER_MODE_DEVICE;
+  cublas_check_at(cublasLtMatmulDescCreate(&p.desc, CUBLAS_COMPUTE_32F, CUDA_R_32F), "cublasLtMatmulDescCreate", g);
+  auto set = [&](cublasLtMatmulDescAttributes_t what, const void* v, size_t n) { cublas_check_at(cublasLtMatmulDescSetAttribute(p.desc, what, v, n), "cublasLtMatmulDescSetAttribute", g); };
+  set(CUBLASLT_MATMUL_DESC_TRANSA, &op_first, sizeof op_first);
+  set(CUBLASLT_MATMUL_DESC_TRANSB, &op_second, sizeof op_second);
+  set(CUBLASLT_MATMUL_DESC_POINTER_MODE, &mode, sizeof mode);
+  auto layout = [&](cublasLtMatrixLayout_t* l, cudaDataType_t t, int rows, int cols, int ld) { cublas_check_at(cublasLtMatrixLayoutCreate(l, t, rows, cols, ld), "cublasLtMatrixLayoutCreate", g); };
+  layout(&p.a, type, g.b_transposed ? g.N : g.K, g.b_transposed ? g.K : g.N, g.ldb);
+  layout(&p.b, type, g.a_transposed ? g.M : g.K, g.a_transposed ? g.K : g.M, g.lda);
+  layout(&p.d, d_type, g.N, g.M, g.ldd);
+  cublasLtMatmulPreference_t preference;
+  cublas_check_at(cublasLtMatmulPreferenceCreate(&preference), "cublasLtMatmulPreferenceCreate", g);
+  const size_t workspace = CublasLt::kWorkspace;
+  cublas_check_at(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace, sizeof workspace), "cublasLtMatmulPreferenceSetAttribute", g);
+  auto alignment = [&](cublasLtMatmulPreferenceAttributes_t what, const void* pointer) {
+    const uint32_t bytes = (uint32_t)min((uintptr_t)256, (uintptr_t)pointer & -(uintptr_t)pointer);
+    cublas_check_at(cublasLtMatmulPreferenceSetAttribute(preference, what, &bytes, sizeof bytes), "cublasLtMatmulPreferenceSetAttribute", g);
+  };
+  alignment(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, g.B);
+  alignment(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, g.A);
+  alignment(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, g.D);
+  alignment(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, g.D);
+  cublasLtMatmulHeuristicResult_t result = {};
+  int found = 0;
+  cublas_check_at(cublasLtMatmulAlgoGetHeuristic(lt.handle, p.desc, p.a, p.b, p.d, p.d, preference, 1, &result, &found), "cublasLtMatmulAlgoGetHeuristic", g);
+  if (!found) cublas_check_at(CUBLAS_STATUS_NOT_SUPPORTED, "cublasLtMatmulAlgoGetHeuristic", g);
+  cublasLtMatmulPreferenceDestroy(preference);
+  p.algo = result.algo;
+  return p;
+}
+
+inline void gemm(const Gemm& g) {
+  CublasLt& lt = cublaslt();
+  auto aligned = [](const void* p) { return (int)min((uintptr_t)256, (uintptr_t)p & -(uintptr_t)p); };
+  const int alignment = min(aligned(g.A), min(aligned(g.B), aligned(g.D)));
+  const CublasLt::Key key = {g.M, g.N, g.K, g.lda, g.ldb, g.ldd, g.a_transposed + 2 * g.b_transposed + 4 * g.d_fp32 + 8 * g.accumulate, alignment};
+  auto at = lt.plans.find(key);
+  if (at == lt.plans.end()) at = lt.plans.emplace(key, make_plan(g)).first;
+  const CublasLt::Plan& p = at->second;
+  cublas_check_at(cublasLtMatmul(lt.handle, p.desc, g.alpha ? g.alpha : lt.constants + 1, g.B, p.a, g.A, p.b, lt.constants + (g.accumulate ? 1 : 0), g.D, p.d, g.D, p.d,
+                                 &p.algo, lt.workspace, CublasLt::kWorkspace, main_stream), "cublasLtMatmul", g);
+}
+inline const char* gemm_way() { return sizeof(floatX) == 2 ? "cuBLASLt BF16 tensor cores, on exact operand values" : "cuBLASLt FP32, on exact operand values"; }
+#endif

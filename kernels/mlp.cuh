@@ -1,0 +1,149 @@
+// kernels/mlp.cuh -- what stands between the GEMMs of a block: bias, GELU, SwiGLU, residual.
+//
+// What    add_bias   x += bias                          backward: dbias += column sums of dout (rows.cuh)
+//         gelu       out = x/2 (1 + tanh(u)),  u = sqrt(2/pi) (x + 0.044715 x^3)
+//                    computed as x * sigmoid(2u), the same function: one exponential and one division, and no cancellation in 1 + tanh
+//                    backward: dout * (s + x * s (1 - s) * 2u'),  s = sigmoid(2u)
+//         swiglu     out = gate * sigmoid(gate) * up
+//                    backward: dup = dout * gate * s,  dgate = dout * up * s (1 + gate (1 - s)),  s = sigmoid(gate)
+//         residual   out = a + b + bias
+// Shapes  x, out: [T, N] floatX; bias, dbias: [N] FP32; gate_up: [T, 2F], a row = F gates, then F ups. out may be one of the inputs of
+//         the same shape.
+// Source  Hendrycks and Gimpel, arXiv 1606.08415 (tanh form: GPT-2's); Shazeer, arXiv 2002.05202.
+// Cost    bytes an element, BF16: add_bias 4, its backward 2, gelu 4, backward 6, swiglu 6, backward 10 (an element of out), residual 6.
+//         gelu and swiglu are 20 to 30 operations an element: still bound by memory on a GPU, by the exponential on a CPU.
+// Error   FP32 inside, one rounding to floatX.
+#pragma once
+#include "ptx.cuh"      // defines: ex2_approx
+#include "rows.cuh"     // defines: row kernels, column sums
+
+// 1 / (1 + exp(-x)) within 4 units in the last place. An exact division would be a third of a GELU's instructions.
+__device__ inline float sigmoid(float x) {
+  const float d = 1 + ex2_approx(-kLog2E * x);
+#ifdef CPU_BUILD
+  return 1 / d;
+#else
+  return __fdividef(1, d);
+#endif
+}
+
+// ------------------------------------------------------------------ bias
+template <int kLanes, int kVec> __global__ void add_bias_kernel(floatX* x, const float* bias, int T, int N) {
+  const int row = row_index<kLanes>();
+  if (row >= T) return;
+  x += (size_t)row * N;
+  for (int c = row_lane<kLanes>() * kVec; c < N; c += kLanes * kVec) {
+    Vec<floatX, kVec> v = load_vec<kVec>(x + c);
+    const Vec<float, kVec> b = load_vec<kVec>(bias + c);
+    for (int i = 0; i < kVec; i++) v.v[i] = from_float<floatX>(to_float(v.v[i]) + b.v[i]);
+    store_vec(x + c, v);
+  }
+}
+// x[t, n] += bias[n], in place.
+template <int kLanes = kRowLanes> void add_bias(floatX* x, const float* bias, int T, int N) {
+  auto kernel = N % kVecX == 0 ? add_bias_kernel<kLanes, kVecX> : add_bias_kernel<kLanes, 1>;
+  launch(kernel, row_grid(T), row_block<kLanes>(), 0, x, bias, T, N);
+}
+
+// Ranges of rows that are summed apart: on a GPU 512 threads a multiprocessor, each with several loads under way, keep the memory busy.
+inline int bias_backward_slots(int T, int N) {
+  const int fill = kOnCpu ? 64 : max(1, multiprocessors() * 512 / ceil_div(N, kVecX));
+  return min(ceil_div(T, 32), fill);
+}
+inline size_t bias_backward_scratch(int T, int N) { return (size_t)bias_backward_slots(T, N) * N; }   // floats
+// dbias[n] += sum over t of dout[t, n].
+template <int kLanes = kRowLanes> void bias_backward(float* dbias, const floatX* dout, float* scratch, int T, int N) {
+  const int slots = bias_backward_slots(T, N);
+  column_sums_of_slots(scratch, dout, T, N, slots);
+  sum_slots<kLanes>(dbias, scratch, slots, N, N);
+}
+
+// ------------------------------------------------------------------ residual
+template <int kLanes, int kVec> __global__ void residual_kernel(floatX* out, const floatX* a, const floatX* b, const float* bias, int T, int C) {
+  const int row = row_index<kLanes>();
+  if (row >= T) return;
+  for (int c = row_lane<kLanes>() * kVec; c < C; c += kLanes * kVec) {
+    const size_t at = (size_t)row * C + c;
+    const Vec<floatX, kVec> va = load_vec<kVec>(a + at), vb = load_vec<kVec>(b + at);
+    const Vec<float, kVec> w = bias ? load_vec<kVec>(bias + c) : Vec<float, kVec>{};
+    Vec<floatX, kVec> o;
+    for (int i = 0; i < kVec; i++) o.v[i] = from_float<floatX>(to_float(va.v[i]) + (to_float(vb.v[i]) + w.v[i]));
+    store_vec(out + at, o);
+  }
+}
+// out = a + b + bias; bias may be null.
+template <int kLanes = kRowLanes> void residual_forward(floatX* out, const floatX* a, const floatX* b, const float* bias, int T, int C) {
+  auto kernel = C % kVecX == 0 ? residual_kernel<kLanes, kVecX> : residual_kernel<kLanes, 1>;
+  launch(kernel, row_grid(T), row_block<kLanes>(), 0, out, a, b, bias, T, C);
+}
+
+// ------------------------------------------------------------------ GELU: element by element, the shape does not matter
+constexpr float kGeluA = 0.7978845608028654f, kGeluB = 0.044715f;   // sqrt(2/pi) and the paper's constant
+__device__ inline float gelu(float x) { return x * sigmoid(2 * kGeluA * (x + kGeluB * x * x * x)); }
+__device__ inline float gelu_derivative(float x) {
+  const float s = sigmoid(2 * kGeluA * (x + kGeluB * x * x * x));
+  return s + x * s * (1 - s) * (2 * kGeluA * (1 + 3 * kGeluB * x * x));
+}
+
+// kBackward: out = dout * gelu'(x); else out = gelu(x), and dout is not read.
+template <bool kBackward, int kVec> __global__ void gelu_kernel(floatX* out, const floatX* dout, const floatX* x, size_t n) {
+  const size_t begin = flat_begin<kVec>(), end = min(begin + kFlatRun * kVec, n);
+  for (size_t at = begin; at < end; at += kVec) {
+    const Vec<floatX, kVec> v = load_vec<kVec>(x + at), d = kBackward ? load_vec<kVec>(dout + at) : Vec<floatX, kVec>{};
+    Vec<floatX, kVec> o;
+    for (int i = 0; i < kVec; i++) {
+      const float f = to_float(v.v[i]);
+      o.v[i] = from_float<floatX>(kBackward ? to_float(d.v[i]) * gelu_derivative(f) : gelu(f));
+    }
+    store_vec(out + at, o);
+  }
+}
+template <bool kBackward> void gelu_launch(floatX* out, const floatX* dout, const floatX* x, size_t n) {
+  const bool vectors = n % kVecX == 0;
+  launch(vectors ? gelu_kernel<kBackward, kVecX> : gelu_kernel<kBackward, 1>, flat_grid(n, vectors ? kVecX : 1), kFlatThreads, 0, out, dout, x, n);
+}
+inline void gelu_forward(floatX* out, const floatX* x, size_t n) { gelu_launch<false>(out, nullptr, x, n); }
+inline void gelu_backward(floatX* dx, const floatX* dout, const floatX* x, size_t n) { gelu_launch<true>(dx, dout, x, n); }
+
+// ------------------------------------------------------------------ SwiGLU
+template <int kLanes, int kVec> __global__ void swiglu_forward_kernel(floatX* out, const floatX* gate_up, int T, int F) {
+  const int row = row_index<kLanes>();
+  if (row >= T) return;
+  out += (size_t)row * F;
+  gate_up += (size_t)row * 2 * F;
+  for (int c = row_lane<kLanes>() * kVec; c < F; c += kLanes * kVec) {
+    const Vec<floatX, kVec> gate = load_vec<kVec>(gate_up + c), up = load_vec<kVec>(gate_up + F + c);
+    Vec<floatX, kVec> o;
+    for (int i = 0; i < kVec; i++) {
+      const float g = to_float(gate.v[i]);
+      o.v[i] = from_float<floatX>(g * sigmoid(g) * to_float(up.v[i]));
+    }
+    store_vec(out + c, o);
+  }
+}
+template <int kLanes, int kVec> __global__ void swiglu_backward_kernel(floatX* dgate_up, const floatX* dout, const floatX* gate_up, int T, int F) {
+  const int row = row_index<kLanes>();
+  if (row >= T) return;
+  dout += (size_t)row * F;
+  gate_up += (size_t)row * 2 * F;
+  dgate_up += (size_t)row * 2 * F;
+  for (int c = row_lane<kLanes>() * kVec; c < F; c += kLanes * kVec) {
+    const Vec<floatX, kVec> gate = load_vec<kVec>(gate_up + c), up = load_vec<kVec>(gate_up + F + c), d = load_vec<kVec>(dout + c);
+    Vec<floatX, kVec> dgate, dup;
+    for (int i = 0; i < kVec; i++) {
+      const float g = to_float(gate.v[i]), s = sigmoid(g), dy = to_float(d.v[i]);
+      dgate.v[i] = from_float<floatX>(dy * to_float(up.v[i]) * s * (1 + g * (1 - s)));
+      dup.v[i] = from_float<floatX>(dy * g * s);
+    }
+    store_vec(dgate_up + c, dgate);
+    store_vec(dgate_up + F + c, dup);
+  }
+}
+template <int kLanes = kRowLanes> void swiglu_forward(floatX* out, const floatX* gate_up, int T, int F) {
+  auto kernel = F % kVecX == 0 ? swiglu_forward_kernel<kLanes, kVecX> : swiglu_forward_kernel<kLanes, 1>;
+  launch(kernel, row_grid(T), row_block<kLanes>(), 0, out, gate_up, T, F);
+}
+template <int kLanes = kRowLanes> void swiglu_backward(floatX* dgate_up, const floatX* dout, const floatX* gate_up, int T, int F) {
+  auto kernel = F % kVecX == 0 ? swiglu_backward_kernel<kLanes, kVecX> : swiglu_backward_kernel<kLanes, 1>;
+  launch(kernel, row_grid(T), row_block<kLanes>(), 0, dgate_up, dout, gate_up, T, F);
+}

@@ -1,0 +1,153 @@
+// kernels/norm.cuh -- LayerNorm and RMSNorm, forward and backward.
+//
+// What    xhat = (x - mean) * rstd,  out = xhat * weight + bias        rstd = 1 / sqrt(mean((x - mean)^2) + eps)
+//         RMSNorm is the same without mean and bias; one kernel serves both (kCenter says which).
+//         Backward, with g = dout * weight and means over the row:
+//             dx      += rstd * (g - mean(g) - xhat * mean(g * xhat))        (RMSNorm: without mean(g))
+//             dweight += sum over rows of dout * xhat,   dbias += sum over rows of dout
+// Shapes  x, out, dout, dx: [T, C] floatX. weight, bias, dweight, dbias: [C] FP32. mean, rstd: [T] FP32, kept for the backward pass.
+// How     Forward: a warp a row; three passes (mean, variance, output), the last two out of L1. The variance is a sum of squared
+//         deviations: E[x^2] - mean^2 would lose all digits where the mean is large.
+//         Backward: dx needs sums along rows, dweight sums along columns. A block takes 16 rows at a time: first its warps find
+//         the rows' means, then its threads each own some columns and walk down the 16 rows, which are still in L1.
+// Source  Ba et al., arXiv 1607.06450; Zhang and Sennrich, arXiv 1910.07467.
+// Cost    forward: reads 2 and writes 2 bytes an element (BF16); backward: reads 6, writes 2, plus about 1 of L2 traffic for the
+//         running column sums. 10 to 20 operations an element: bound by memory.
+// Error   FP32 inside; out and dx are rounded once to floatX.
+#pragma once
+#include "rows.cuh"
+
+// ------------------------------------------------------------------ forward
+template <bool kCenter, int kLanes, int kVec>
+__global__ void norm_forward_kernel(floatX* out, float* mean_out, float* rstd_out, const floatX* x, const float* weight, const float* bias,
+                                    int T, int C, float eps) {
+  const int row = row_index<kLanes>(), lane = row_lane<kLanes>();
+  if (row >= T) return;
+  x += (size_t)row * C;
+  out += (size_t)row * C;
+  const float mean = kCenter ? row_sum<kLanes, kVec>(x, C, [](float v) { return v; }) / C : 0.0f;
+  const float variance = row_sum<kLanes, kVec>(x, C, [=](float v) { return (v - mean) * (v - mean); }) / C;
+  const float rstd = 1.0f / sqrtf(variance + eps);
+  for (int c = lane * kVec; c < C; c += kLanes * kVec) {
+    const Vec<floatX, kVec> v = load_vec<kVec>(x + c);
+    const Vec<float, kVec> w = load_vec<kVec>(weight + c), b = kCenter ? load_vec<kVec>(bias + c) : Vec<float, kVec>{};
+    Vec<floatX, kVec> o;
+    for (int i = 0; i < kVec; i++) o.v[i] = from_float<floatX>((to_float(v.v[i]) - mean) * rstd * w.v[i] + b.v[i]);
+    store_vec(out + c, o);
+  }
+  if (lane == 0) {
+    if (kCenter) mean_out[row] = mean;
+    rstd_out[row] = rstd;
+  }
+}
+
+template <bool kCenter, int kLanes>
+void norm_forward(floatX* out, float* mean, float* rstd, const floatX* x, const float* weight, const float* bias, int T, int C, float eps) {
+  auto kernel = C % kVecX == 0 ? norm_forward_kernel<kCenter, kLanes, kVecX> : norm_forward_kernel<kCenter, kLanes, 1>;
+  launch(kernel, row_grid(T), row_block<kLanes>(), 0, out, mean, rstd, x, weight, bias, T, C, eps);
+}
+template <int kLanes = kRowLanes>
+void layernorm_forward(floatX* out, float* mean, float* rstd, const floatX* x, const float* weight, const float* bias, int T, int C, float eps) {
+  norm_forward<true, kLanes>(out, mean, rstd, x, weight, bias, T, C, eps);
+}
+template <int kLanes = kRowLanes>
+void rmsnorm_forward(floatX* out, float* rstd, const floatX* x, const float* weight, int T, int C, float eps) {
+  norm_forward<false, kLanes>(out, nullptr, rstd, x, weight, nullptr, T, C, eps);
+}
+
+// ------------------------------------------------------------------ backward
+constexpr int kNormTile = 16;             // rows a block takes at a time: 16 x 768 channels of x and dout are 48 KB, four such fit L1
+constexpr int kNormThreads = 256;
+
+struct NormRow { float mean, rstd, mean_g, mean_gx; };   // what dx needs to know about its row
+
+// mean(g) and mean(g * xhat) of one row, by the kLanes threads that share it.
+template <bool kCenter, int kLanes, int kVec>
+__device__ inline NormRow norm_row_means(const floatX* dout, const floatX* x, const float* weight, float mean, float rstd, int C) {
+  float g_sum[kVec] = {}, gx_sum[kVec] = {};
+  for (int c = row_lane<kLanes>() * kVec; c < C; c += kLanes * kVec) {
+    const Vec<floatX, kVec> d = load_vec<kVec>(dout + c), v = load_vec<kVec>(x + c);
+    const Vec<float, kVec> w = load_vec<kVec>(weight + c);
+    for (int i = 0; i < kVec; i++) {
+      const float g = to_float(d.v[i]) * w.v[i];
+      g_sum[i] += g;
+      gx_sum[i] += g * ((to_float(v.v[i]) - mean) * rstd);
+    }
+  }
+  for (int i = 1; i < kVec; i++) { g_sum[0] += g_sum[i]; gx_sum[0] += gx_sum[i]; }
+  return {mean, rstd, kCenter ? lanes_sum<kLanes>(g_sum[0]) / C : 0.0f, lanes_sum<kLanes>(gx_sum[0]) / C};
+}
+
+// partial: [gridDim.x * groups, 2 or 1, C], the column sums of the rows that one group of threads has seen; dweight | dbias.
+template <bool kCenter, int kLanes, int kVec>
+__global__ void __launch_bounds__(kNormThreads, 3)
+norm_backward_kernel(floatX* __restrict__ dx, float* __restrict__ partial, const floatX* __restrict__ dout, const floatX* __restrict__ x,
+                     const float* weight, const float* mean, const float* rstd, int T, int C, int groups) {
+  __shared__ NormRow row_means[kNormTile];
+  const int lane = row_lane<kLanes>(), vectors = C / kVec;
+  for (int tile = blockIdx.x * kNormTile; tile < T; tile += gridDim.x * kNormTile) {
+    const int rows = min(kNormTile, T - tile);
+    for (int r = threadIdx.x / kLanes; r < rows; r += blockDim.x / kLanes) {
+      const int t = tile + r;
+      const NormRow means = norm_row_means<kCenter, kLanes, kVec>(dout + (size_t)t * C, x + (size_t)t * C, weight, kCenter ? mean[t] : 0.0f, rstd[t], C);
+      if (lane == 0) row_means[r] = means;
+    }
+    __syncthreads();
+    // Now by columns. If there are more threads than vectors in a row, several groups of threads take every groups-th row.
+    for (int item = threadIdx.x; item < groups * vectors; item += blockDim.x) {
+      const int group = item / vectors, c = item % vectors * kVec;
+      Vec<float, kVec> dweight = {}, dbias = {};
+      const Vec<float, kVec> w = load_vec<kVec>(weight + c);
+#pragma unroll 2
+      for (int r = group; r < rows; r += groups) {
+        const NormRow m = row_means[r];
+        const size_t at = (size_t)(tile + r) * C + c;
+        const Vec<floatX, kVec> d = load_vec<kVec>(dout + at), v = load_vec<kVec>(x + at);
+        Vec<floatX, kVec> o = load_vec<kVec>(dx + at);
+        for (int i = 0; i < kVec; i++) {
+          const float dy = to_float(d.v[i]), xhat = (to_float(v.v[i]) - m.mean) * m.rstd;
+          dweight.v[i] += dy * xhat;
+          if (kCenter) dbias.v[i] += dy;
+          o.v[i] = from_float<floatX>(to_float(o.v[i]) + m.rstd * (dy * w.v[i] - m.mean_g - xhat * m.mean_gx));
+        }
+        store_vec(dx + at, o);
+      }
+      // The running sums belong to this thread alone, and stay in L2.
+      float* sums = partial + (size_t)(blockIdx.x * groups + group) * (kCenter ? 2 : 1) * C + c;
+      const bool first = tile == (int)blockIdx.x * kNormTile;
+      write_sums(sums, dweight, !first);
+      if (kCenter) write_sums(sums + C, dbias, !first);
+    }
+    __syncthreads();                       // row_means is about to be overwritten
+  }
+}
+
+// 3 blocks a multiprocessor are resident: one wave.
+inline int norm_backward_blocks(int T) { return min(ceil_div(T, kNormTile), kOnCpu ? reduction_blocks() : 3 * multiprocessors()); }
+inline int norm_backward_groups(int vectors, int threads) { return max(1, min(kNormTile, threads / vectors)); }
+// Floats of scratch that the backward functions need (either one, at any kLanes).
+inline size_t norm_backward_scratch(int T, int C) {
+  const int vectors = C % kVecX == 0 ? C / kVecX : C;
+  return (size_t)norm_backward_blocks(T) * norm_backward_groups(vectors, kNormThreads) * 2 * C;
+}
+
+template <bool kCenter, int kLanes>
+void norm_backward(floatX* dx, float* dweight, float* dbias, const floatX* dout, const floatX* x, const float* weight, const float* mean,
+                   const float* rstd, float* scratch, int T, int C) {
+  const int threads = kNormThreads / 32 * kLanes < kNormThreads ? kLanes : kNormThreads;   // on the CPU a block is one thread
+  const int blocks = norm_backward_blocks(T), groups = norm_backward_groups(C % kVecX == 0 ? C / kVecX : C, threads), sums = kCenter ? 2 : 1;
+  auto kernel = C % kVecX == 0 ? norm_backward_kernel<kCenter, kLanes, kVecX> : norm_backward_kernel<kCenter, kLanes, 1>;
+  launch(kernel, blocks, threads, 0, dx, scratch, dout, x, weight, mean, rstd, T, C, groups);
+  sum_slots<kLanes>(dweight, scratch, blocks * groups, C, sums * C);
+  if (kCenter) sum_slots<kLanes>(dbias, scratch + C, blocks * groups, C, sums * C);
+}
+// dx (floatX), dweight and dbias (FP32) are added to. scratch: norm_backward_scratch(T, C) floats.
+template <int kLanes = kRowLanes>
+void layernorm_backward(floatX* dx, float* dweight, float* dbias, const floatX* dout, const floatX* x, const float* weight, const float* mean,
+                        const float* rstd, float* scratch, int T, int C) {
+  norm_backward<true, kLanes>(dx, dweight, dbias, dout, x, weight, mean, rstd, scratch, T, C);
+}
+template <int kLanes = kRowLanes>
+void rmsnorm_backward(floatX* dx, float* dweight, const floatX* dout, const floatX* x, const float* weight, const float* rstd, float* scratch, int T, int C) {
+  norm_backward<false, kLanes>(dx, dweight, nullptr, dout, x, weight, nullptr, rstd, scratch, T, C);
+}

@@ -1,0 +1,35 @@
+// kernels/philox.cuh -- counter-based random numbers: Philox4x32-10.
+//
+// What    128 random bits = f(128-bit counter, 64-bit key): ten rounds of two 32x32 multiplications. No state, so a kernel
+//         draws the numbers of element i without having drawn those before it, on any machine, in any order.
+// Source  Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011; its known-answer vectors are in dev/test_formats.h.
+// Keys    The two operands of one GEMM, the row and the column copy of one tensor, two steps: none may share a stream, or
+//         rounding errors correlate and no longer average out. A RandomKey names (seed, step, stream); `stream` is built from
+//         layer, GEMM and operand (linear.cuh). The seed is the Philox key; step and stream are half of the counter; the index
+//         of a block of 16 elements is the other half.
+// Cost    20 wide multiplications for 16 bytes: one call serves a whole block of 16 elements with 8 bits each.
+#pragma once
+#include "cuda.cuh"
+
+struct RandomKey {
+  uint64_t seed;
+  uint32_t step;        // optimizer step, micro-batches counted
+  uint32_t stream;      // which tensor, which copy
+};
+
+__host__ __device__ inline uint4 philox4x32(uint4 counter, uint2 key) {
+#pragma unroll
+  for (int round = 0; round < 10; round++) {
+    const uint64_t a = (uint64_t)0xD2511F53u * counter.x, b = (uint64_t)0xCD9E8D57u * counter.z;
+    counter = make_uint4((uint32_t)(b >> 32) ^ counter.y ^ key.x, (uint32_t)b, (uint32_t)(a >> 32) ^ counter.w ^ key.y, (uint32_t)a);
+    key.x += 0x9E3779B9u;      // golden ratio
+    key.y += 0xBB67AE85u;      // sqrt(3) - 1
+  }
+  return counter;
+}
+
+// The 16 random bytes of block `index` of the stream: byte j%4 of word j/4 belongs to element j.
+__host__ __device__ inline uint4 random_block(RandomKey key, uint64_t index) {
+  return philox4x32(make_uint4((uint32_t)index, (uint32_t)(index >> 32), key.step, key.stream),
+                    make_uint2((uint32_t)key.seed, (uint32_t)(key.seed >> 32)));
+}
