@@ -49,11 +49,12 @@ VARIANT := $(if $(CPU),cpu,gpu)$(if $(FP32),-fp32)$(if $(SANITIZE),-sanitize)
 BUILD   := build/$(VARIANT)
 
 WARN     := -Wall -Wextra
+SANITIZERS := -g -fsanitize=address,undefined -fno-sanitize-recover=undefined
 CPUFLAGS := -std=c++17 -O3 -march=native -ffp-contract=off $(WARN) -Wno-unknown-pragmas -U_FORTIFY_SOURCE -pthread -DCPU_BUILD $(if $(FP32),-DFP32)
 ifneq ($(SANITIZE),)
-  CPUFLAGS := $(patsubst -O3,-O1,$(CPUFLAGS)) -g -fsanitize=address,undefined -fno-sanitize-recover=undefined
+  CPUFLAGS := $(patsubst -O3,-O1,$(CPUFLAGS)) $(SANITIZERS)
 endif
-GENCODE  = $(foreach a,$(1),-gencode arch=compute_$(a),code=sm_$(a))
+GENCODE   = $(foreach a,$(1),-gencode arch=compute_$(a),code=sm_$(a))
 NVFLAGS  := -std=c++17 -O3 -Xcompiler -Wall,-Wextra,-Wno-unknown-pragmas $(if $(FP32),-DFP32)
 
 HEADERS := $(wildcard kernels/*.cuh data/*.h dev/*.h)
@@ -94,7 +95,7 @@ $(BUILD)/test_fp4: test_fp4.cu train_fp4.cu $(HEADERS) $(BUILD)/cuda_header_code
 
 $(BUILD)/tokenize: data/tokenize.cpp $(wildcard data/*.h) Makefile | say
 	@mkdir -p $(BUILD)
-	$(CXX) -std=c++17 -O2 $(WARN) -pthread $(if $(SANITIZE),-g -fsanitize=address,undefined) $< -o $@
+	$(CXX) -std=c++17 -O2 $(WARN) -pthread $(if $(SANITIZE),$(SANITIZERS)) $< -o $@
 
 run: train_fp4
 	./train_fp4 $(ARGS)

@@ -911,6 +911,7 @@ void train(Model& m, Options& o, const DataLoader& train_data, const DataLoader&
 #ifndef TESTING
 int main(int argc, char** argv) {
   Options o = parse_options(argc, argv);
+  signal(SIGXFSZ, SIG_IGN);                       // a file that grows too large is a write error with a message, not a sudden death
   if (o.help) { print_help(); return 0; }
   if (o.list_recipes) { print_recipes(); return 0; }
 #ifndef CPU_BUILD

@@ -67,11 +67,11 @@ inline void test_json() {
   check("JSON: integers above 2^53 keep every digit", ok && j.find("big")->integer == 9007199254740993);
   ok = parses("\"q\\\" \\\\ \\/ \\b\\f\\n\\r\\t \\u00e9\\u20AC\\ud83d\\ude00 \xC3\xA9\"", &j);
   check("JSON: escapes and surrogate pairs become UTF-8", ok && j.string == "q\" \\ / \b\f\n\r\t \xC3\xA9\xE2\x82\xAC\xF0\x9F\x98\x80 \xC3\xA9");
-  std::string bad[] = {"", " ", "{", "[1,]", "{\"a\":1,}", "{a:1}", "{\"a\" 1}", "[1 2]", "01", "-", "1.", ".5", "+1", "1e", "1e999", "NaN",
-        "Infinity", "tru", "nul", "\"a", "\"\\x\"", "\"\\u12g4\"", "\"\\ud800\"", "\"\\ude00\"", "\"\\ud800\\u0041\"", "\"a\nb\"", "\"\xff\"", "\"\xC0\x80\"",
-                             "\"\xED\xA0\x80\"", "\"\xE2\x82\"",
-                       "1 2", "{} x", "[1}", "'a'", "// c\n1", "{\"a\":1,\"a\":2}", "\xEF\xBB\xBF{}", std::string("\"a\0b\"", 5),
-                             std::string("1\0", 2), "\"\\"};
+  std::string bad[] = {
+    "", " ", "{", "[1,]", "{\"a\":1,}", "{a:1}", "{\"a\" 1}", "[1 2]", "[1}", "1 2", "{} x", "{\"a\":1,\"a\":2}", "// c\n1",
+    "01", "-", "1.", ".5", "+1", "1e", "1e999", std::string("1\0", 2), "NaN", "Infinity", "tru", "nul",
+    "'a'", "\"a", "\"\\", "\"\\x\"", "\"\\u12g4\"", "\"\\ud800\"", "\"\\ude00\"", "\"\\ud800\\u0041\"", "\"a\nb\"", std::string("\"a\0b\"", 5),
+    "\"\xff\"", "\"\xC0\x80\"", "\"\xED\xA0\x80\"", "\"\xE2\x82\"", "\xEF\xBB\xBF{}"};
   int refused = 0, total = 0;
   for (const std::string& text : bad) {
     total++;

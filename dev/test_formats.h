@@ -167,6 +167,13 @@ inline void test_stochastic_encode() {
       x.push_back((i & 1 ? -1 : 1) * (i < 417 ? i / 64.f : (float)(rng.normal() * 4)));
       u.push_back((2 * r + 1) / 512.f);
     }
+  for (int r = 0; r < 256; r++)                             // exactly at the threshold (stays below) and one ulp beside it
+    for (int c = 0; c < 7; c++)
+      for (int ulp = -1; ulp <= 1; ulp++) {
+        float lo = (float)reference::kE2m1Grid[c], step = (float)reference::kE2m1Grid[c + 1] - lo, random = (2 * r + 1) / 512.f;
+        x.push_back(bits_float(float_bits(lo + step * random) + ulp));
+        u.push_back(random);
+      }
   for (float special : {0.f, -0.f, 1e-38f, 1e-45f, 5.9999995f, 6.f, 6.375f, 1e30f, INFINITY, -INFINITY, NAN}) { x.push_back(special); u.push_back(1 / 512.f); }
   check_format("E2M1 stochastic: hi where u < (|v|-lo)/(hi-lo), for all 256 values of u", kE2m1EncodeSr, false, x, u,
                [](float v, float r) { return reference::e2m1_sr(v, r); });

@@ -175,8 +175,8 @@ template <class DType> void test_gemm_case(const GemmCase& g, Worst& worst, int&
       if (n >= g.N) { rest_touched += memcmp(&after[i], &before[i], sizeof(DType)) != 0; continue; }
       double old = g.accumulate ? to_float(before[i]) : 0, terms = std::fabs(old), ref = alpha * exact[(size_t)m * g.N + n] + old;
       for (int k = 0; k < g.K; k++) terms += std::fabs(alpha * a[(size_t)m * g.K + k] * b[(size_t)n * g.K + k]);
-      double relative = sizeof(DType) == 2 ? 0x1p-8 : kRoundFp32;              // K additions, each off by less than 2^-23 of the sum
-      double r = std::fabs(to_float(after[i]) - ref) / (relative * std::fabs(ref) + 2 * kUlp * (g.K + 2) * terms);
+      double relative = sizeof(DType) == 2 ? 0x1p-8 : kRoundFp32;              // errors of additions walk; tensor cores truncate once for 16 of them
+      double r = std::fabs(to_float(after[i]) - ref) / (relative * std::fabs(ref) + 2 * kUlp * (2 + std::sqrt(g.K) + g.K / 16.) * terms);
       if (!(r <= bad)) bad = r == r ? r : INFINITY;
     }
   worst.guards = worst.guards && A.guard_intact() && B.guard_intact() && D.guard_intact();
@@ -253,10 +253,10 @@ template <int kLanes> void test_layernorm(int T, int C, double scale, double mea
   layernorm_forward<kLanes>(out.p, mu.p, rstd.p, x.p, w.p, b.p, T, C, eps);
   reference::Norm ref = reference::layernorm(x.values, w.values, b.values, T, C, eps);
   // x - mean loses what FP32 cannot hold of the mean: a few ulp of the largest |x|, times rstd
-  double cancellation = 16 * kUlp * largest(x.values) * largest(ref.rstd), terms = (32 * kUlp + cancellation);
+  double cancellation = 6 * kUlp * largest(x.values) * largest(ref.rstd), terms = 8 * kUlp + cancellation;
   forward.compare(out, ref.out, kRoundX, terms * (1 + largest(w.values)), at);
-  forward.compare(mu, ref.mean, kRoundFp32, 16 * kUlp * largest(x.values), at + " mean");
-  forward.compare(rstd, ref.rstd, 32 * kUlp + cancellation, 0, at + " rstd");
+  forward.compare(mu, ref.mean, 0, 6 * kUlp * largest(x.values), at + " mean");
+  forward.compare(rstd, ref.rstd, 8 * kUlp + cancellation, 0, at + " rstd");
 
   reference::NormGradient g = reference::layernorm_backward(dout.values, x.values, w.values, T, C, eps);
   for (int run = 0; run < 2; run++) {
@@ -266,9 +266,9 @@ template <int kLanes> void test_layernorm(int T, int C, double scale, double mea
     layernorm_backward<kLanes>(dx_again.p, dw_again.p, db_again.p, dout.p, x.p, w.p, mu.p, rstd.p, scratch.p, T, C);
     deterministic = deterministic && same_bits(dx, dx_again) && same_bits(dw, dw_again) && same_bits(db, db_again);
     double size = largest(dout.values) * largest(w.values) * (1 + largest(ref.rstd));
-    backward.compare(dx, sum(dx0.values, g.dx), kRoundX, 4 * terms * size, at + " dx");
-    backward.compare(dw, sum(dw0.values, g.dweight), kRoundFp32, 4 * terms * largest(dout.values) * std::sqrt((double)T) * 4, at + " dweight");
-    backward.compare(db, sum(db0.values, g.dbias), kRoundFp32, 8 * kUlp * T * largest(dout.values), at + " dbias");
+    backward.compare(dx, sum(dx0.values, g.dx), kRoundX, 2 * terms * size, at + " dx");
+    backward.compare(dw, sum(dw0.values, g.dweight), kRoundFp32, 2 * terms * largest(dout.values) * std::sqrt((double)T) * 4, at + " dweight");
+    backward.compare(db, sum(db0.values, g.dbias), kRoundFp32, 4 * kUlp * std::sqrt((double)T) * largest(dout.values), at + " dbias");
   }
   forward.guards = forward.guards && scratch.guard_intact();
 }
@@ -282,8 +282,8 @@ template <int kLanes> void test_rmsnorm(int T, int C, Worst& forward, Worst& bac
   TestArray<float> rstd(T), scratch(norm_backward_scratch(T, C));
   rmsnorm_forward<kLanes>(out.p, rstd.p, x.p, w.p, T, C, eps);
   reference::Norm ref = reference::rmsnorm(x.values, w.values, T, C, eps);
-  forward.compare(out, ref.out, kRoundX, 32 * kUlp * (1 + largest(ref.out)), at);
-  forward.compare(rstd, ref.rstd, 32 * kUlp, 0, at + " rstd");
+  forward.compare(out, ref.out, kRoundX, 8 * kUlp * (1 + largest(ref.out)), at);
+  forward.compare(rstd, ref.rstd, 8 * kUlp, 0, at + " rstd");
   reference::NormGradient g = reference::rmsnorm_backward(dout.values, x.values, w.values, T, C, eps);
   InputX dx(dx0.values), dx_again(dx0.values);
   InputFp32 dw(dw0.values), dw_again(dw0.values);
@@ -291,8 +291,8 @@ template <int kLanes> void test_rmsnorm(int T, int C, Worst& forward, Worst& bac
   rmsnorm_backward<kLanes>(dx_again.p, dw_again.p, dout.p, x.p, w.p, rstd.p, scratch.p, T, C);
   deterministic = deterministic && same_bits(dx, dx_again) && same_bits(dw, dw_again);
   double size = largest(dout.values) * largest(w.values) * (1 + largest(ref.rstd)) * 4;
-  backward.compare(dx, sum(dx0.values, g.dx), kRoundX, 32 * kUlp * size, at + " dx");
-  backward.compare(dw, sum(dw0.values, g.dweight), kRoundFp32, 16 * kUlp * T * largest(dout.values) * 4, at + " dweight");
+  backward.compare(dx, sum(dx0.values, g.dx), kRoundX, 8 * kUlp * size, at + " dx");
+  backward.compare(dw, sum(dw0.values, g.dweight), kRoundFp32, 4 * kUlp * std::sqrt((double)T) * largest(dout.values) * 4, at + " dweight");
   forward.guards = forward.guards && scratch.guard_intact();
 }
 
@@ -329,7 +329,7 @@ inline void test_rope() {
       InputX qkv(random_array((size_t)s.B * s.T * (s.H + 2 * s.KV) * s.D, rng));
       reference::Array ref = reference::rope(qkv.values, s.B, s.T, s.H, s.KV, s.D, theta, direction);
       direction > 0 ? rope_forward(qkv.p, device_table.p, s.B, s.T, s.H, s.KV, s.D) : rope_backward(qkv.p, device_table.p, s.B, s.T, s.H, s.KV, s.D);
-      (direction > 0 ? forward : backward).compare(qkv, ref, kRoundX, 8 * kUlp * largest(ref), shape({s.B, s.T, s.H, s.KV, s.D}));
+      (direction > 0 ? forward : backward).compare(qkv, ref, kRoundX, 3 * kUlp * largest(ref), shape({s.B, s.T, s.H, s.KV, s.D}));
     }
   }
   // far positions: t theta^(-2i/D) computed in FP32 would be off by 1e-4
@@ -366,7 +366,7 @@ template <int kLanes> void test_mlp() {
     TestArray<float> scratch(bias_backward_scratch(T, N));
     reference::Array with_bias = x.values, both = sum(a.values, b.values), all = both;
     for (size_t i = 0; i < n; i++) { with_bias[i] += w.values[i % N]; all[i] += w.values[i % N]; }
-    double small = 4 * kUlp * (largest(x.values) + largest(a.values) + largest(b.values) + largest(w.values));
+    double small = kUlp * (largest(x.values) + largest(a.values) + largest(b.values) + largest(w.values));
     add_bias<kLanes>(x.p, w.p, T, N);
     bias.compare(x, with_bias, kRoundX, small, at);
     residual_forward<kLanes>(out.p, a.p, b.p, w.p, T, N);
@@ -379,13 +379,13 @@ template <int kLanes> void test_mlp() {
     bias_backward<kLanes>(dbias.p, dout.p, scratch.p, T, N);
     bias_backward<kLanes>(dbias_again.p, dout.p, scratch.p, T, N);
     deterministic = deterministic && same_bits(dbias, dbias_again) && scratch.guard_intact();
-    bias_gradient.compare(dbias, gradient, kRoundFp32, 4 * kUlp * T * largest(dout.values), at);
+    bias_gradient.compare(dbias, gradient, kRoundFp32, 4 * kUlp * std::sqrt((double)T) * largest(dout.values), at);
     swiglu_forward<kLanes>(out.p, gate_up.p, T, N);
     reference::Array ref = reference::swiglu(gate_up.values, T, N);
     forward.compare(out, ref, kRoundX + 16 * kUlp, 0, at);
     swiglu_backward<kLanes>(dgate_up.p, dout.p, gate_up.p, T, N);
     ref = reference::swiglu_backward(dout.values, gate_up.values, T, N);
-    backward.compare(dgate_up, ref, kRoundX + 16 * kUlp, 16 * kUlp * largest(dout.values) * largest(gate_up.values), at);
+    backward.compare(dgate_up, ref, kRoundX + 8 * kUlp, 4 * kUlp * largest(dout.values) * largest(gate_up.values), at);
   }
   bias.report("add_bias" + lanes_name(kLanes));
   residual.report("residual: a + b, and a + b + bias" + lanes_name(kLanes));
@@ -408,12 +408,12 @@ inline void test_activations() {
     gelu_backward(dx.p, dout.p, x.p, n);
     reference::Array ref(n), gradient(n);
     for (size_t i = 0; i < n; i++) { ref[i] = reference::gelu(x.values[i]); gradient[i] = dout.values[i] * reference::gelu_derivative(x.values[i]); }
-    forward.compare(out, ref, kRoundX + 8 * kUlp, 32 * kUlp, std::to_string(n));                    // tanh near -1 cancels: |x| ulp
-    backward.compare(dx, gradient, kRoundX + 8 * kUlp, 64 * kUlp * largest(dout.values), std::to_string(n));
+    forward.compare(out, ref, kRoundX + 8 * kUlp, 12 * kUlp, std::to_string(n));                    // tanh near -1 cancels: |x| ulp
+    backward.compare(dx, gradient, kRoundX + 8 * kUlp, 48 * kUlp * largest(dout.values), std::to_string(n));
     gelu_backward(dout.p, dout.p, x.p, n);
     gelu_forward(x.p, x.p, n);
-    forward.compare(x, ref, kRoundX + 8 * kUlp, 32 * kUlp, std::to_string(n) + " in place");
-    backward.compare(dout, gradient, kRoundX + 8 * kUlp, 64 * kUlp * largest(dout.values), std::to_string(n) + " in place");
+    forward.compare(x, ref, kRoundX + 8 * kUlp, 12 * kUlp, std::to_string(n) + " in place");
+    backward.compare(dout, gradient, kRoundX + 8 * kUlp, 48 * kUlp * largest(dout.values), std::to_string(n) + " in place");
   }
   // gates so large that exp overflows
   const int T = 3, F = 9;
@@ -484,8 +484,8 @@ template <int kLanes> void test_embedding() {
     for (InputFp32* d : {&dwte, &dwte_again}) embedding_backward<kLanes>(d->p, dout.p, device_order.p, device_start.p, device_token.p, segments, s.C);
     for (InputFp32* d : {&dwpe, &dwpe_again}) position_embedding_backward(d->p, dout.p, s.B, s.T, s.C);
     deterministic = deterministic && same_bits(dwte, dwte_again) && same_bits(dwpe, dwpe_again);
-    backward.compare(dwte, ref_wte, kRoundFp32, 4 * kUlp * n * largest(dout.values), at + " dwte");
-    backward.compare(dwpe, ref_wpe, kRoundFp32, 4 * kUlp * s.B * largest(dout.values), at + " dwpe");
+    backward.compare(dwte, ref_wte, kRoundFp32, 4 * kUlp * std::sqrt((double)n) * largest(dout.values), at + " dwte");
+    backward.compare(dwpe, ref_wpe, kRoundFp32, 2 * kUlp * s.B * largest(dout.values), at + " dwpe");
   }
   forward.report("embedding forward; without positions an exact copy" + lanes_name(kLanes));
   backward.report("embedding backward adds to dwte and dwpe, repeated tokens included" + lanes_name(kLanes));
@@ -516,16 +516,17 @@ template <int kLanes> void test_loss_values() {
       reference::Loss ref = reference::softmax_cross_entropy(logits.values, targets, s.V, s.Vp, scale, z);
       softmax_cross_entropy<kLanes>(logits.p, loss.p, device_targets.p, s.rows, s.V, s.Vp, scale, z, true);
       softmax_cross_entropy<kLanes>(untouched.p, loss_only.p, device_targets.p, s.rows, s.V, s.Vp, scale, z, false);
-      losses.compare(loss, ref.losses, 64 * kUlp, 64 * kUlp * largest(ref.lse), at);
-      losses.compare(loss_only, ref.losses, 64 * kUlp, 64 * kUlp * largest(ref.lse), at + " without gradient");
-      gradients.compare(logits, ref.dlogits, kRoundX + 64 * kUlp * (1 + largest(ref.lse)), 64 * kUlp * scale, at);
+      losses.compare(loss, ref.losses, 8 * kUlp, 8 * kUlp * largest(ref.lse), at);
+      losses.compare(loss_only, ref.losses, 8 * kUlp, 8 * kUlp * largest(ref.lse), at + " without gradient");
+      gradients.compare(logits, ref.dlogits, kRoundX + 16 * kUlp * (1 + largest(ref.lse)), 8 * kUlp * scale, at);
       std::vector<floatX> after = logits.host(), same = untouched.host(), before = narrow<floatX>(data);
+      std::vector<float> got = loss.host();
       touched += memcmp(same.data(), before.data(), same.size() * sizeof(floatX)) != 0;
       for (int r = 0; r < s.rows; r++)
         for (int v = 0; v < s.Vp; v++) {
           float g = to_float(after[(size_t)r * s.Vp + v]);
           padding += v >= s.V && !(g == 0);
-          ignored += targets[r] < 0 && !(g == 0 && loss.host()[r] == 0);
+          ignored += targets[r] < 0 && !(g == 0 && got[r] == 0);
         }
     }
   losses.report("cross-entropy over the vocabulary, without the z term" + lanes_name(kLanes));
@@ -587,8 +588,8 @@ inline void test_adamw() {
       reference::adamw(rw, rm, rv, g.values, scale, {o.lr, o.beta1, o.beta2, o.eps, o.weight_decay, step});
       std::string at = std::to_string(n) + " step " + std::to_string(step);
       weights.compare(w, rw, 16 * kUlp, 64 * kUlp * o.lr * step, at);      // an update is at most about lr
-      moments.compare(m, rm, 16 * kUlp, 16 * kUlp * largest(rm), at + " m");
-      moments.compare(v, rv, 64 * kUlp, 1e-30, at + " v");
+      moments.compare(m, rm, 4 * kUlp, 4 * kUlp * largest(rm), at + " m");
+      moments.compare(v, rv, 16 * kUlp, 1e-30, at + " v");
       std::vector<float> master = w.host();
       std::vector<floatX> stored = copy.host();
       for (size_t i = 0; i < n && with_copy; i++) copies += to_float(stored[i]) != (sizeof(floatX) == 2 ? reference::round_bf16(master[i]) : master[i]);
@@ -623,8 +624,8 @@ template <int kLanes> void test_grad_norm() {
       std::vector<float> got = run(g, clip), again = run(g, clip);
       double norm = reference::norm(g.values), scale = reference::clip_scale(norm, clip);
       std::string at = std::to_string(n) + " clip " + std::to_string(clip);
-      worst.add(std::fabs(got[0] - norm) / (norm * 64 * kUlp), at + " norm");
-      worst.add(std::fabs(got[1] - scale) / (scale * 64 * kUlp), at + " scale");
+      worst.add(std::fabs(got[0] - norm) / (norm * 3 * kUlp), at + " norm");
+      worst.add(std::fabs(got[1] - scale) / (scale * 4 * kUlp), at + " scale");
       deterministic = deterministic && got == again;
     }
   worst.guards = scratch.guard_intact();
@@ -667,9 +668,9 @@ template <class Value> void test_attention_case(const AttentionVersion<Value>& v
   reference::Attention ref = reference::attention(qkv.values, B, T, H, KV, D);
   // On BF16 tensor cores the probabilities are rounded to BF16 before they meet V: half an ulp of each, and the errors average out.
   // Scores are sums in FP32, and the error of a score is a relative error of its probability.
-  double score = largest(ref.lse), inside = round / 2 + 16 * kUlp * (1 + score);
+  double score = largest(ref.lse), inside = round / 2 + 4 * kUlp * (1 + score);
   forward.compare(out, ref.out, round, inside * largest(ref.out), at);
-  forward.compare(lse, ref.lse, 64 * kUlp, 64 * kUlp * (1 + score), at + " lse");
+  forward.compare(lse, ref.lse, 8 * kUlp, 8 * kUlp * (1 + score), at + " lse");
   for (TestArray<Value>* d : {&dqkv, &dqkv_again}) version.backward(d->p, dout.p, qkv.p, out.p, lse.p, delta.p, B, T, H, KV, D);
   deterministic = deterministic && same_bits(dqkv, dqkv_again);
   // P and dS are rounded, and delta is made of an output that was: dP - delta then carries an error of size round * |delta|, which counts

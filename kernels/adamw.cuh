@@ -23,7 +23,8 @@ struct AdamW {
 struct AdamWFactors { float decay, one_minus_beta1, beta2, one_minus_beta2, step_size, sqrt_bias2, eps; };
 
 template <int kVec>
-__global__ void adamw_kernel(float* master, floatX* copy, float* m, float* v, const float* grad, const float* grad_scale, size_t n, AdamWFactors f) {
+__global__ void adamw_kernel(float* __restrict__ master, floatX* __restrict__ copy, float* __restrict__ m, float* __restrict__ v, const float* __restrict__ grad,
+                             const float* grad_scale, size_t n, AdamWFactors f) {
   const float scale = *grad_scale;
   const size_t begin = flat_begin<kVec>(), end = min(begin + kFlatRun * kVec, n);
   for (size_t at = begin; at < end; at += kVec) {
@@ -46,13 +47,14 @@ __global__ void adamw_kernel(float* master, floatX* copy, float* m, float* v, co
     }
   }
 }
-// copy may be null. grad_scale: device scalar. n of any size (what is left beyond a multiple of 4 goes one by one).
+// copy may be null. grad_scale: device scalar. n of any size.
 inline void adamw_update(float* master, floatX* copy, float* m, float* v, const float* grad, const float* grad_scale, size_t n, AdamW o) {
   const double bias1 = 1 - pow((double)o.beta1, o.step), bias2 = 1 - pow((double)o.beta2, o.step);
   const AdamWFactors f = {(float)(1 - (double)o.lr * o.weight_decay), (float)(1 - (double)o.beta1), o.beta2, (float)(1 - (double)o.beta2),
                           (float)(o.lr / bias1), (float)sqrt(bias2), o.eps};
-  const size_t body = n / 4 * 4, rest = n - body;
-  if (body) launch(adamw_kernel<4>, flat_grid(body, 4), kFlatThreads, 0, master, copy, m, v, grad, grad_scale, body, f);
+  constexpr int kVec = kOnCpu ? 1 : 4;    // as kMapVec
+  const size_t body = n / kVec * kVec, rest = n - body;
+  if (body) launch(adamw_kernel<kVec>, flat_grid(body, kVec), kFlatThreads, 0, master, copy, m, v, grad, grad_scale, body, f);
   if (rest) launch(adamw_kernel<1>, flat_grid(rest, 1), kFlatThreads, 0, master + body, copy ? copy + body : copy, m + body, v + body, grad + body, grad_scale, rest, f);
 }
 

@@ -322,6 +322,7 @@ template <int kD> constexpr size_t kMmaShared = 4 * kMmaTileSize<kD> * sizeof(bf
 template <int kD, int kRows> __device__ inline void copy_tile(bf16* tile, const bf16* from, size_t ld, int row0, int T, int D) {
   auto copy = [&](auto bytes) {
     constexpr int kBytes = decltype(bytes)::value, kElements = kBytes / 2, kPieces = kD / kElements;
+#pragma unroll 1      // unrolled, the addresses cost 10 to 70 registers and the forward of D = 64 spills (nvcc 13.0, sm_90)
     for (int i = threadIdx.x; i < kRows * kPieces; i += kMmaThreads) {
       const int r = i / kPieces, d = i % kPieces * kElements;
       const bool inside = row0 + r < T && d < D;
@@ -398,7 +399,7 @@ template <int kD> __device__ inline void store_fragments(bf16* to, size_t ld, co
 
 // kM: blocks of 16 queries a warp owns. The block owns 64 kM queries.
 template <int kD, int kM>
-__global__ void __launch_bounds__(kMmaThreads) attention_forward_mma_kernel(bf16* out, float* lse, const bf16* qkv, int T, int H, int KV, int D) {
+__global__ void __launch_bounds__(kMmaThreads, kM == 1 ? 3 : 2) attention_forward_mma_kernel(bf16* out, float* lse, const bf16* qkv, int T, int H, int KV, int D) {
   DYNAMIC_SHARED(bf16, shared);
   bf16 *k_tiles = shared, *v_tiles = shared + kMmaTileSize<kD>;                // stage s: 2 s tiles further
   const int first = ((int)gridDim.x - 1 - (int)blockIdx.x) * 64 * kM, h = blockIdx.y, b = blockIdx.z;      // long rows first

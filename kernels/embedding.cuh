@@ -31,7 +31,7 @@ __global__ void embedding_forward_kernel(floatX* out, const int* tokens, const f
 // wpe may be null. Tokens are not checked here: sort_tokens and the loader do.
 template <int kLanes = kRowLanes>
 void embedding_forward(floatX* out, const int* tokens, const floatX* wte, const floatX* wpe, int B, int T, int C) {
-  auto kernel = C % kVecX == 0 ? embedding_forward_kernel<kLanes, kVecX> : embedding_forward_kernel<kLanes, 1>;
+  auto kernel = C % kVecX == 0 ? embedding_forward_kernel<kLanes, kMapVec<kLanes>> : embedding_forward_kernel<kLanes, 1>;
   launch(kernel, row_grid(B * T), row_block<kLanes>(), 0, out, tokens, wte, wpe, B * T, T, C);
 }
 

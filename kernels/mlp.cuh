@@ -41,7 +41,7 @@ template <int kLanes, int kVec> __global__ void add_bias_kernel(floatX* x, const
 }
 // x[t, n] += bias[n], in place.
 template <int kLanes = kRowLanes> void add_bias(floatX* x, const float* bias, int T, int N) {
-  auto kernel = N % kVecX == 0 ? add_bias_kernel<kLanes, kVecX> : add_bias_kernel<kLanes, 1>;
+  auto kernel = N % kVecX == 0 ? add_bias_kernel<kLanes, kMapVec<kLanes>> : add_bias_kernel<kLanes, 1>;
   launch(kernel, row_grid(T), row_block<kLanes>(), 0, x, bias, T, N);
 }
 
@@ -73,7 +73,7 @@ template <int kLanes, int kVec> __global__ void residual_kernel(floatX* out, con
 }
 // out = a + b + bias; bias may be null.
 template <int kLanes = kRowLanes> void residual_forward(floatX* out, const floatX* a, const floatX* b, const float* bias, int T, int C) {
-  auto kernel = C % kVecX == 0 ? residual_kernel<kLanes, kVecX> : residual_kernel<kLanes, 1>;
+  auto kernel = C % kVecX == 0 ? residual_kernel<kLanes, kMapVec<kLanes>> : residual_kernel<kLanes, 1>;
   launch(kernel, row_grid(T), row_block<kLanes>(), 0, out, a, b, bias, T, C);
 }
 

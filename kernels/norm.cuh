@@ -28,11 +28,12 @@ __global__ void norm_forward_kernel(floatX* out, float* mean_out, float* rstd_ou
   const float mean = kCenter ? row_sum<kLanes, kVec>(x, C, [](float v) { return v; }) / C : 0.0f;
   const float variance = row_sum<kLanes, kVec>(x, C, [=](float v) { return (v - mean) * (v - mean); }) / C;
   const float rstd = 1.0f / sqrtf(variance + eps);
-  for (int c = lane * kVec; c < C; c += kLanes * kVec) {
-    const Vec<floatX, kVec> v = load_vec<kVec>(x + c);
-    const Vec<float, kVec> w = load_vec<kVec>(weight + c), b = kCenter ? load_vec<kVec>(bias + c) : Vec<float, kVec>{};
-    Vec<floatX, kVec> o;
-    for (int i = 0; i < kVec; i++) o.v[i] = from_float<floatX>((to_float(v.v[i]) - mean) * rstd * w.v[i] + b.v[i]);
+  constexpr int kMap = kVec == 1 ? 1 : kMapVec<kLanes>;
+  for (int c = lane * kMap; c < C; c += kLanes * kMap) {
+    const Vec<floatX, kMap> v = load_vec<kMap>(x + c);
+    const Vec<float, kMap> w = load_vec<kMap>(weight + c), b = kCenter ? load_vec<kMap>(bias + c) : Vec<float, kMap>{};
+    Vec<floatX, kMap> o;
+    for (int i = 0; i < kMap; i++) o.v[i] = from_float<floatX>((to_float(v.v[i]) - mean) * rstd * w.v[i] + b.v[i]);
     store_vec(out + c, o);
   }
   if (lane == 0) {
@@ -80,11 +81,11 @@ __device__ inline NormRow norm_row_means(const floatX* dout, const floatX* x, co
 
 // partial: [gridDim.x * groups, 2 or 1, C], the column sums of the rows that one group of threads has seen; dweight | dbias.
 template <bool kCenter, int kLanes, int kVec>
-__global__ void __launch_bounds__(kNormThreads, 3)
+__global__ void __launch_bounds__(kNormThreads, 4)
 norm_backward_kernel(floatX* __restrict__ dx, float* __restrict__ partial, const floatX* __restrict__ dout, const floatX* __restrict__ x,
                      const float* weight, const float* mean, const float* rstd, int T, int C, int groups) {
   __shared__ NormRow row_means[kNormTile];
-  const int lane = row_lane<kLanes>(), vectors = C / kVec;
+  const int lane = row_lane<kLanes>(), vectors = C / kVec, share = ceil_div(kNormTile, groups);
   for (int tile = blockIdx.x * kNormTile; tile < T; tile += gridDim.x * kNormTile) {
     const int rows = min(kNormTile, T - tile);
     for (int r = threadIdx.x / kLanes; r < rows; r += blockDim.x / kLanes) {
@@ -93,13 +94,13 @@ norm_backward_kernel(floatX* __restrict__ dx, float* __restrict__ partial, const
       if (lane == 0) row_means[r] = means;
     }
     __syncthreads();
-    // Now by columns. If there are more threads than vectors in a row, several groups of threads take every groups-th row.
+    // Now by columns. If there are more threads than vectors in a row, several groups of threads share the rows.
     for (int item = threadIdx.x; item < groups * vectors; item += blockDim.x) {
       const int group = item / vectors, c = item % vectors * kVec;
       Vec<float, kVec> dweight = {}, dbias = {};
       const Vec<float, kVec> w = load_vec<kVec>(weight + c);
-#pragma unroll 2
-      for (int r = group; r < rows; r += groups) {
+      const int end = min(rows, (group + 1) * share);
+      for (int r = group * share; r < end; r++) {
         const NormRow m = row_means[r];
         const size_t at = (size_t)(tile + r) * C + c;
         const Vec<floatX, kVec> d = load_vec<kVec>(dout + at), v = load_vec<kVec>(x + at);
@@ -122,8 +123,8 @@ norm_backward_kernel(floatX* __restrict__ dx, float* __restrict__ partial, const
   }
 }
 
-// 3 blocks a multiprocessor are resident: one wave.
-inline int norm_backward_blocks(int T) { return min(ceil_div(T, kNormTile), kOnCpu ? reduction_blocks() : 3 * multiprocessors()); }
+// At most 4 blocks a multiprocessor (reduction_blocks), which is how many fit: one wave.
+inline int norm_backward_blocks(int T) { return min(ceil_div(T, kNormTile), reduction_blocks()); }
 inline int norm_backward_groups(int vectors, int threads) { return max(1, min(kNormTile, threads / vectors)); }
 // Floats of scratch that the backward functions need (either one, at any kLanes).
 inline size_t norm_backward_scratch(int T, int C) {
@@ -134,10 +135,12 @@ inline size_t norm_backward_scratch(int T, int C) {
 template <bool kCenter, int kLanes>
 void norm_backward(floatX* dx, float* dweight, float* dbias, const floatX* dout, const floatX* x, const float* weight, const float* mean,
                    const float* rstd, float* scratch, int T, int C) {
-  const int threads = kNormThreads / 32 * kLanes < kNormThreads ? kLanes : kNormThreads;   // on the CPU a block is one thread
-  const int blocks = norm_backward_blocks(T), groups = norm_backward_groups(C % kVecX == 0 ? C / kVecX : C, threads), sums = kCenter ? 2 : 1;
-  auto kernel = C % kVecX == 0 ? norm_backward_kernel<kCenter, kLanes, kVecX> : norm_backward_kernel<kCenter, kLanes, 1>;
-  launch(kernel, blocks, threads, 0, dx, scratch, dout, x, weight, mean, rstd, T, C, groups);
+  // On the CPU a block is one thread, and its vectors are so long that the compiler makes SIMD loops of them.
+  constexpr int kThreads = kLanes == 1 ? 1 : kNormThreads, kVec = kLanes == 1 ? 64 : kVecX;
+  const bool vectors = C % kVec == 0;
+  const int blocks = norm_backward_blocks(T), groups = norm_backward_groups(vectors ? C / kVec : C, kThreads), sums = kCenter ? 2 : 1;
+  auto kernel = vectors ? norm_backward_kernel<kCenter, kLanes, kVec> : norm_backward_kernel<kCenter, kLanes, 1>;
+  launch(kernel, blocks, kThreads, 0, dx, scratch, dout, x, weight, mean, rstd, T, C, groups);
   sum_slots<kLanes>(dweight, scratch, blocks * groups, C, sums * C);
   if (kCenter) sum_slots<kLanes>(dbias, scratch + C, blocks * groups, C, sums * C);
 }

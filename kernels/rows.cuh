@@ -7,11 +7,13 @@
 //         that, else one element; the same code either way. Pointers are 16-byte aligned, as all of device_alloc's are.
 // Columns out[c] += sum over t of x[t, c], the gradient of everything that was broadcast over rows. A thread owns kVec columns and
 //         walks down a range of rows (a slot); the sums of the slots [slots, C] are then summed by a warp a column. No atomics, a
-//         fixed order: the same bits every time. Reads x once, plus 4 bytes a slot and column written and read (about 2 %).
+//         fixed order: the same bits every time. Reads x once, plus the sums of the slots, written and read (a few %).
 #pragma once
 #include "cuda.cuh"
 
 constexpr int kVecX = 16 / sizeof(floatX);
+// The same for loops that only map elements to elements: on the CPU these are plain loops, which its compiler turns into SIMD.
+template <int kLanes> constexpr int kMapVec = kLanes == 1 ? 1 : kVecX;
 constexpr int kRowsPerBlock = 8;          // of a row kernel: 256 threads on a GPU
 // The row this thread works on, and its place among the row's threads. Launched as <<<row_grid(rows), row_block<kLanes>()>>>.
 template <int kLanes> __device__ inline int row_index() { return blockIdx.x * kRowsPerBlock + threadIdx.x / kLanes; }
@@ -55,6 +57,7 @@ __global__ void column_sums_kernel(float* out, const T* x, int rows, int cols, i
   if (c >= cols) return;
   const int first = blockIdx.y * rows_per_slot, end = min(rows, first + rows_per_slot);
   Vec<float, kVec> sum = {};
+#pragma unroll 8                          // eight loads under way in each thread
   for (int r = first + lane; r < end; r += kLanes) {
     const Vec<T, kVec> v = load_vec<kVec>(x + (size_t)r * ld + c);
     for (int i = 0; i < kVec; i++) sum.v[i] += to_float(v.v[i]);
