@@ -1,4 +1,4 @@
-// test_fp4.cu -- every check of the project, in one program: ./test_fp4 [--only TEXT] [--quick] [--kernels]
+// test_fp4.cu -- every check of the project, in one program: ./test_fp4 [--only TEXT] [--quick] [--kernels] [--bench]
 //
 //     the ground       launch, barriers, shuffles; on the CPU also that what would hang is reported      dev/test_runtime.h
 //     formats          E2M1, E4M3, E8M0 over all codes and all BF16 values; Philox's known answers       dev/test_formats.h
@@ -13,6 +13,7 @@
 // the opposite order. dev/reference.h is plain C++ in double precision and shares no code with what it checks.
 #define TESTING
 #include "train_fp4.cu"
+#include "dev/bench.h"
 #include "dev/test_checkpoint.h"
 #include "dev/test_data.h"
 #include "dev/test_formats.h"
@@ -22,13 +23,15 @@
 #include "dev/test_runtime.h"
 
 int main(int argc, char** argv) {
-  bool quick = false, kernels = false;
+  bool quick = false, kernels = false, only_bench = false;
   for (int i = 1; i < argc; i++) {
     const std::string a = argv[i];
     if (a == "--quick") quick = true;
     else if (a == "--kernels") kernels = true;
+    else if (a == "--bench") only_bench = true;
+    else if (a == "--export" && i + 1 < argc) { export_models(argv[++i]); return 0; }
     else if (a == "--only" && i + 1 < argc) tests.only = argv[++i];
-    else die_usage("there is no option '%s'; allowed: --quick (no long runs), --kernels (kernels only), --only TEXT (sections whose title contains TEXT)", argv[i]);
+    else die_usage("there is no option '%s'; allowed: --quick (no long runs), --kernels (kernels only), --bench (no checks: times), --export DIR (no checks: models for transformers), --only TEXT (sections whose title contains TEXT)", argv[i]);
   }
 #ifndef CPU_BUILD
   int gpus = 0;
@@ -37,6 +40,8 @@ int main(int argc, char** argv) {
   std::string machine;
   machine_limit(&machine);
   printf("%s; activations in %s; GEMM: %s\n", machine.c_str(), kFp32 ? "FP32" : "BF16", gemm_way());
+
+  if (only_bench) { bench(); return 0; }
 
   test_runtime();
   test_formats();

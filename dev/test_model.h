@@ -478,6 +478,43 @@ inline void test_errors() {
   check("--list-recipes prints the table", recipes.exit_code == 0 && recipes.output.find("2509.25149") != std::string::npos);
 }
 
+// Trains a small model of each family for 20 steps and writes it, with tokens and this program's logits for them, so that
+// `python3 dev/make_fixtures.py check-export DIR/gpt2 DIR/gpt2.safetensors` can compare with transformers. (test_fp4 --export DIR)
+inline void export_models(const std::string& dir) {
+  for (bool llama : {false, true}) {
+    ModelConfig c = tiny_llama();
+    c.vocab = 300; c.layers = 3;
+    if (!llama) { c.llama = false; c.kv_heads = c.heads; c.ffn = 256; c.tied = true; c.norm_eps = 1e-5f; }
+    const int B = 3, S = 40, T = B * S;
+    Model m;
+    make_model(m, c, "nvfp4", B, S);
+    Rng rng(9);
+    std::vector<int> tokens(T), targets(T);
+    for (int i = 0; i < T; i++) { tokens[i] = rng.below(c.vocab); targets[i] = rng.below(c.vocab); }
+    for (int step = 0; step < 20; step++) {
+      accumulate_gradients(m, B, S, 1, (uint32_t)step, [&](int) { load_batch(m, tokens.data(), targets.data(), B, S); });
+      gradient_norm(m, 1);
+      update(m, {1e-3f, 0.9f, 0.95f, 1e-8f, 0, step + 1}, 0.1f);
+    }
+    m.bf16_first = c.layers;                                        // transformers knows no FP4: compare without quantization
+    load_batch(m, tokens.data(), targets.data(), B, S);
+    forward(m, B, S, 0);
+    const std::vector<float> logits = all_logits(m, T);
+    const std::string name = dir + (llama ? "/llama" : "/gpt2");
+    AtomicDirectory out(name);
+    save_weights(m, out.path());
+    out.commit();
+    SafetensorsWriter w(name + ".safetensors");
+    w.declare("logits", "F32", {B, S, c.vocab});
+    w.declare("tokens", "I32", {B, S});
+    w.write_f32(logits.data(), logits.size());
+    w.write(tokens.data(), tokens.size() * sizeof(int));
+    w.finish();
+    printf("wrote %s and %s.safetensors\n", name.c_str(), name.c_str());
+    free_model(m);
+  }
+}
+
 inline void test_model() {
   if (section("the model against PyTorch")) {
     for (const char* name : {"gpt2", "llama", "llama_tied"}) test_fixture(name);
