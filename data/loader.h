@@ -281,9 +281,9 @@ inline void DataLoader::choose_part(const DataOptions& options) {
   if (options.part == DataPart::val) begin = cut;
   if (tokens() > T) return;
   const std::string more = shards.size() > 1 ? " and " + std::to_string(shards.size() - 1) + " more" : "";
-  const char* part = options.part == DataPart::train ? "the training part of " : options.part == DataPart::val ? "the validation part of " : "";
-  const char* what_to_do = options.part == DataPart::train ? "lower --seq or --val-fraction"
-                         : options.part == DataPart::val ? "lower --seq or raise --val-fraction" : "lower --seq or give more data";
+  const bool train = options.part == DataPart::train && options.val_fraction > 0, val = options.part == DataPart::val;
+  const char* part = train ? "the training part of " : val ? "the validation part of " : "";
+  const char* what_to_do = train ? "lower --seq or --val-fraction" : val ? "lower --seq or raise --val-fraction" : "lower --seq or give more data";
   die("%s: only %lld tokens in %s%s%s, but one sequence takes %d (--seq %d and one more): %s", option, (long long)tokens(), part,
       shards[0].file.path.c_str(), more.c_str(), T + 1, T, what_to_do);
 }

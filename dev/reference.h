@@ -142,8 +142,8 @@ inline Array rht(const Array& x, uint32_t signs) {
 inline void rht16_fp32(float* v, uint32_t signs) {
   for (int i = 0; i < 16; i++) if ((signs >> i) & 1) v[i] = -v[i];
   for (int distance = 1; distance < 16; distance *= 2)
-    for (int i = 0; i < 16; i++)
-      if ((i / distance) % 2 == 0) {
+    for (int pair = 0; pair < 16; pair += 2 * distance)
+      for (int i = pair; i < pair + distance; i++) {
         float a = v[i], b = v[i + distance];
         v[i] = a + b;
         v[i + distance] = a - b;
@@ -235,8 +235,8 @@ inline Nvfp4 nvfp4(const std::vector<float>& x, int src_rows, int src_cols, cons
   return q;
 }
 
-// The 128x4 layout of scale bytes (blackwell.md section 3; cuBLAS documentation, "1D block scaling factors layout"), by enumeration: the matrix of scales is cut
-// into tiles of 128 rows by 4 blocks, 512 bytes each, tiles in row-major order. Within a tile the bytes run over 32 rows r; for
+// The 128x4 layout of scale bytes (cuBLAS documentation, "1D block scaling factors layout"), by enumeration: the matrix of scales is cut into
+// tiles of 128 rows by 4 blocks, 512 bytes each, tiles in row-major order. Within a tile the bytes run over 32 rows r; for
 // each over the 4 groups of 32 rows (r, r+32, r+64, r+96); for each over the 4 blocks. entry[offset] = {row, block}; rows and
 // blocks past the end are padding, which must hold zeros.
 struct ScaleEntry { int row, block; };

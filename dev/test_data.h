@@ -716,6 +716,8 @@ inline void test_windows(const ScratchDirectory& dir) {
   }
   check("shuffled, every window comes once in each epoch", whole && wrong == 0);
 
+  check("each epoch has an order of its own", !(shuffled_batch(d, 0, 100) == shuffled_batch(d, 100, 100)));
+
   const DataLoader again(dir / "count.bin", with(10)), other(dir / "count.bin", with(10, 2));
   const Batch all = shuffled_batch(d, 0, 250);
   check("the same seed gives the same sequences, another seed others",

@@ -119,7 +119,8 @@ inline void test_references() {
                            gradient_error(w, rms.dweight, [&](const Array& y) { return dot(g, rmsnorm(x, y, T, C, 1e-5).out); }, rng)});
   Array qkv = random_array((size_t)B * T * (H + 2 * KV) * D, rng), gqkv = random_array(qkv.size(), rng), gout = random_array((size_t)B * T * H * D, rng);
   double turned = gradient_error(qkv, rope(gqkv, B, T, H, KV, D, 10000, -1), [&](const Array& y) { return dot(gqkv, rope(y, B, T, H, KV, D, 10000, 1)); }, rng);
-  double attended = gradient_error(qkv, reference::attention_backward(gout, qkv, B, T, H, KV, D), [&](const Array& y) { return dot(gout, attention(y, B, T, H, KV, D).out); }, rng);
+  double attended = gradient_error(qkv, reference::attention_backward(gout, qkv, B, T, H, KV, D),
+                                   [&](const Array& y) { return dot(gout, attention(y, B, T, H, KV, D).out); }, rng);
   Array gate_up = random_array(T * 2 * C, rng, 2), dgelu(x.size());
   for (size_t i = 0; i < x.size(); i++) dgelu[i] = g[i] * reference::gelu_derivative(x[i]);
   auto gelu_sum = [&](const Array& y) { double s = 0; for (size_t i = 0; i < y.size(); i++) s += g[i] * reference::gelu(y[i]); return s; };
@@ -253,10 +254,10 @@ template <int kLanes> void test_layernorm(int T, int C, double scale, double mea
   layernorm_forward<kLanes>(out.p, mu.p, rstd.p, x.p, w.p, b.p, T, C, eps);
   reference::Norm ref = reference::layernorm(x.values, w.values, b.values, T, C, eps);
   // x - mean loses what FP32 cannot hold of the mean: a few ulp of the largest |x|, times rstd
-  double cancellation = 6 * kUlp * largest(x.values) * largest(ref.rstd), terms = 8 * kUlp + cancellation;
+  double cancellation = 6 * kUlp * largest(x.values) * largest(ref.rstd), row = (4 + std::sqrt((double)C)) * kUlp, terms = row + cancellation;
   forward.compare(out, ref.out, kRoundX, terms * (1 + largest(w.values)), at);
   forward.compare(mu, ref.mean, 0, 6 * kUlp * largest(x.values), at + " mean");
-  forward.compare(rstd, ref.rstd, 8 * kUlp + cancellation, 0, at + " rstd");
+  forward.compare(rstd, ref.rstd, row + cancellation, 0, at + " rstd");
 
   reference::NormGradient g = reference::layernorm_backward(dout.values, x.values, w.values, T, C, eps);
   for (int run = 0; run < 2; run++) {
@@ -282,8 +283,9 @@ template <int kLanes> void test_rmsnorm(int T, int C, Worst& forward, Worst& bac
   TestArray<float> rstd(T), scratch(norm_backward_scratch(T, C));
   rmsnorm_forward<kLanes>(out.p, rstd.p, x.p, w.p, T, C, eps);
   reference::Norm ref = reference::rmsnorm(x.values, w.values, T, C, eps);
-  forward.compare(out, ref.out, kRoundX, 8 * kUlp * (1 + largest(ref.out)), at);
-  forward.compare(rstd, ref.rstd, 8 * kUlp, 0, at + " rstd");
+  const double row = (4 + std::sqrt((double)C)) * kUlp;          // a sum of C squares, at worst by one thread in one chain
+  forward.compare(out, ref.out, kRoundX, row * (1 + largest(ref.out)), at);
+  forward.compare(rstd, ref.rstd, row, 0, at + " rstd");
   reference::NormGradient g = reference::rmsnorm_backward(dout.values, x.values, w.values, T, C, eps);
   InputX dx(dx0.values), dx_again(dx0.values);
   InputFp32 dw(dw0.values), dw_again(dw0.values);
@@ -291,7 +293,7 @@ template <int kLanes> void test_rmsnorm(int T, int C, Worst& forward, Worst& bac
   rmsnorm_backward<kLanes>(dx_again.p, dw_again.p, dout.p, x.p, w.p, rstd.p, scratch.p, T, C);
   deterministic = deterministic && same_bits(dx, dx_again) && same_bits(dw, dw_again);
   double size = largest(dout.values) * largest(w.values) * (1 + largest(ref.rstd)) * 4;
-  backward.compare(dx, sum(dx0.values, g.dx), kRoundX, 8 * kUlp * size, at + " dx");
+  backward.compare(dx, sum(dx0.values, g.dx), kRoundX, row * size, at + " dx");
   backward.compare(dw, sum(dw0.values, g.dweight), kRoundFp32, 4 * kUlp * std::sqrt((double)T) * largest(dout.values) * 4, at + " dweight");
   forward.guards = forward.guards && scratch.guard_intact();
 }
@@ -339,7 +341,8 @@ inline void test_rope() {
   double worst = 0;
   for (int t = 0; t < T; t++)
     for (int i = 0; i < D / 2; i++) {
-      double angle = t * std::pow(500000., -2. * i / D), c = cos_sin[((size_t)t * D / 2 + i) * 2] - std::cos(angle), s = cos_sin[((size_t)t * D / 2 + i) * 2 + 1] - std::sin(angle);
+      const float* entry = &cos_sin[((size_t)t * D / 2 + i) * 2];
+      double angle = t * std::pow(500000., -2. * i / D), c = entry[0] - std::cos(angle), s = entry[1] - std::sin(angle);
       double e = std::max(std::fabs(c), std::fabs(s));
       if (!(e <= worst)) worst = e == e ? e : INFINITY;
     }
@@ -538,13 +541,14 @@ template <int kLanes> void test_loss_values() {
 
 template <int kLanes> void test_loss_extremes() {
   const int V = 300, Vp = 304;
-  enum { kTargetHigh, kTargetLow, kAllLow, kPlusInfinity, kTargetMinusInfinity, kNan, kRows };
+  enum { kTargetHigh, kTargetLow, kAllLow, kPlusInfinity, kMinusInfinity, kTargetMinusInfinity, kNan, kRows };
   reference::Array data((size_t)kRows * Vp, 0.);
   std::vector<int> targets(kRows, 17);
   data[kTargetHigh * Vp + 17] = 1e4;
   data[kTargetLow * Vp + 17] = -1e4;
   for (int v = 0; v < V; v++) data[kAllLow * Vp + v] = -1e4;
   data[kPlusInfinity * Vp + 40] = INFINITY;
+  data[kMinusInfinity * Vp + 40] = -INFINITY;                     // nothing is masked in a language model's logits: an overflow
   data[kTargetMinusInfinity * Vp + 17] = -INFINITY;
   data[kNan * Vp + 299] = NAN;
   InputX logits(data);
@@ -555,14 +559,17 @@ template <int kLanes> void test_loss_extremes() {
   reference::Array d = widen(logits.host()), stored = widen(narrow<floatX>(data));
   double high = -stored[kTargetLow * Vp + 17];            // 1e4 as floatX holds it
   auto close = [](double got, double want) { return std::fabs(got - want) <= 1e-6 * (1 + std::fabs(want)); };
-  check("logits of +-1e4: loss 0, 1e4 + log(299), log(300)" + lanes_name(kLanes), close(l[kTargetHigh], 0) && close(l[kTargetLow], high + std::log(299.)) && std::fabs(l[kAllLow] - std::log(300.)) < 1e-3,
+  check("logits of +-1e4: loss 0, 1e4 + log(299), log(300)" + lanes_name(kLanes),
+        close(l[kTargetHigh], 0) && close(l[kTargetLow], high + std::log(299.)) && std::fabs(l[kAllLow] - std::log(300.)) < 1e-3,
         "%g %g %g", l[kTargetHigh], l[kTargetLow], l[kAllLow]);
   bool finite = true;
   for (int i = 0; i < 3 * Vp; i++) finite = finite && std::isfinite(d[i]);
-  check("and finite gradients: 0 at a sure target, -1 at an impossible one" + lanes_name(kLanes), finite && close(d[kTargetHigh * Vp + 17], 0) && close(d[kTargetLow * Vp + 17], -1),
+  check("and finite gradients: 0 at a sure target, -1 at an impossible one" + lanes_name(kLanes),
+        finite && close(d[kTargetHigh * Vp + 17], 0) && close(d[kTargetLow * Vp + 17], -1),
         "%g %g", d[kTargetHigh * Vp + 17], d[kTargetLow * Vp + 17]);
-  check("an infinite or NaN logit makes the loss non-finite" + lanes_name(kLanes), !std::isfinite(l[kPlusInfinity]) && !std::isfinite(l[kTargetMinusInfinity]) && !std::isfinite(l[kNan]),
-        "%g %g %g", l[kPlusInfinity], l[kTargetMinusInfinity], l[kNan]);
+  check("an infinite or NaN logit makes the loss non-finite" + lanes_name(kLanes),
+        !std::isfinite(l[kPlusInfinity]) && !std::isfinite(l[kMinusInfinity]) && !std::isfinite(l[kTargetMinusInfinity]) && !std::isfinite(l[kNan]),
+        "%g %g %g %g", l[kPlusInfinity], l[kMinusInfinity], l[kTargetMinusInfinity], l[kNan]);
 }
 
 // ------------------------------------------------------------------------------------------------------------------------------
@@ -602,10 +609,12 @@ inline void test_adamw() {
   // a late step: 1 - beta2^t must not be lost, and a zero gradient with no history must not divide by zero
   AdamW late;
   late.lr = 1e-3f; late.beta1 = .9f; late.beta2 = .999f; late.eps = 1e-8f; late.weight_decay = 0; late.step = 100000;
-  TestArray<float> w(std::vector<float>{1.f, 1.f}), m(std::vector<float>{.5f, 0.f}), v(std::vector<float>{.25f, 0.f}), g(std::vector<float>{.5f, 0.f}), one(std::vector<float>{1.f});
+  TestArray<float> w(std::vector<float>{1.f, 1.f}), m(std::vector<float>{.5f, 0.f}), v(std::vector<float>{.25f, 0.f});
+  TestArray<float> g(std::vector<float>{.5f, 0.f}), one(std::vector<float>{1.f});
   adamw_update(w.p, (floatX*)nullptr, m.p, v.p, g.p, one.p, 2, late);
   std::vector<float> out = w.host();
-  check("AdamW: at step 100000 a steady gradient moves a weight by lr; no gradient, no history: it stays", std::fabs(out[0] - .999) < 1e-6 && out[1] == 1.f, "%.7f %.7f", out[0], out[1]);
+  check("AdamW: at step 100000 a steady gradient moves a weight by lr; no gradient, no history: it stays",
+        std::fabs(out[0] - .999) < 1e-6 && out[1] == 1.f, "%.7f %.7f", out[0], out[1]);
 }
 
 template <int kLanes> void test_grad_norm() {
@@ -613,6 +622,7 @@ template <int kLanes> void test_grad_norm() {
   bool deterministic = true;
   Rng rng(210);
   TestArray<float> scratch(grad_norm_scratch());
+  const bool few = kOnCpu && kLanes > 1;                   // 4096 warps on fibers take half a second a run
   auto run = [&](const TestArray<float>& g, float clip) {
     TestArray<float> out(2);
     grad_norm<kLanes>(out.p, g.p, g.n, clip, scratch.p);
@@ -620,6 +630,7 @@ template <int kLanes> void test_grad_norm() {
   };
   for (size_t n : {1u, 31u, 1000u, 100003u})
     for (float clip : {0.f, 1.f, 1e9f}) {
+      if (few && (n < 1000 || clip != 1)) continue;
       InputFp32 g(random_array(n, rng, .1));
       std::vector<float> got = run(g, clip), again = run(g, clip);
       double norm = reference::norm(g.values), scale = reference::clip_scale(norm, clip);
@@ -634,11 +645,12 @@ template <int kLanes> void test_grad_norm() {
   int lost = 0;
   for (float bad : {NAN, INFINITY, -INFINITY})
     for (size_t where : {0u, 4999u, 9999u}) {
+      if (few && where != 9999) continue;
       std::vector<float> g(10000, 1.f);
       g[where] = bad;
       lost += std::isfinite(run(TestArray<float>(g), 1.f)[0]);
     }
-  check("a NaN or infinity among the gradients makes the norm non-finite" + lanes_name(kLanes), lost == 0, "%d of 9 lost", lost);
+  check("a NaN or infinity among the gradients makes the norm non-finite" + lanes_name(kLanes), lost == 0, "%d of %d lost", lost, few ? 3 : 9);
 }
 
 // ------------------------------------------------------------------------------------------------------------------------------

@@ -27,7 +27,9 @@ template <int N> __device__ inline void add_logits(OnlineSoftmax& s, const float
     s.sum *= ex2_approx((s.max - high) * kLog2E);
     s.max = high;
   }
-  for (int i = 0; i < N; i++) s.sum += ex2_approx((logit[i] - s.max) * kLog2E) + 0 * logit[i];   // 0 * inf is NaN: no infinity passes unseen
+  float part = 0;                              // summed apart: fewer additions to the large sum, fewer rounding errors
+  for (int i = 0; i < N; i++) part += ex2_approx((logit[i] - s.max) * kLog2E) + 0 * logit[i];   // 0 * inf is NaN: no infinity passes unseen
+  s.sum += part;
 }
 // Every one of kLanes lanes gets the softmax of what all of them have seen.
 template <int kLanes> __device__ inline OnlineSoftmax merge_lanes(OnlineSoftmax s) {

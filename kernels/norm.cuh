@@ -11,7 +11,7 @@
 //         Backward: dx needs sums along rows, dweight sums along columns. A block takes 16 rows at a time: first its warps find
 //         the rows' means, then its threads each own some columns and walk down the 16 rows, which are still in L1.
 // Source  Ba et al., arXiv 1607.06450; Zhang and Sennrich, arXiv 1910.07467.
-// Cost    forward: reads 2 and writes 2 bytes an element (BF16); backward: reads 6, writes 2, plus about 1 of L2 traffic for the
+// Cost    forward: reads 2 and writes 2 bytes an element (BF16); backward: reads 6, writes 2, plus about 2 of L2 traffic for the
 //         running column sums. 10 to 20 operations an element: bound by memory.
 // Error   FP32 inside; out and dx are rounded once to floatX.
 #pragma once
@@ -65,7 +65,7 @@ struct NormRow { float mean, rstd, mean_g, mean_gx; };   // what dx needs to kno
 // mean(g) and mean(g * xhat) of one row, by the kLanes threads that share it.
 template <bool kCenter, int kLanes, int kVec>
 __device__ inline NormRow norm_row_means(const floatX* dout, const floatX* x, const float* weight, float mean, float rstd, int C) {
-  float g_sum[kVec] = {}, gx_sum[kVec] = {};
+  RowSum<kLanes, kVec> g_sum[kVec] = {}, gx_sum[kVec] = {};
   for (int c = row_lane<kLanes>() * kVec; c < C; c += kLanes * kVec) {
     const Vec<floatX, kVec> d = load_vec<kVec>(dout + c), v = load_vec<kVec>(x + c);
     const Vec<float, kVec> w = load_vec<kVec>(weight + c);
@@ -76,7 +76,7 @@ __device__ inline NormRow norm_row_means(const floatX* dout, const floatX* x, co
     }
   }
   for (int i = 1; i < kVec; i++) { g_sum[0] += g_sum[i]; gx_sum[0] += gx_sum[i]; }
-  return {mean, rstd, kCenter ? lanes_sum<kLanes>(g_sum[0]) / C : 0.0f, lanes_sum<kLanes>(gx_sum[0]) / C};
+  return {mean, rstd, kCenter ? lanes_sum<kLanes>((float)g_sum[0]) / C : 0.0f, lanes_sum<kLanes>((float)gx_sum[0]) / C};
 }
 
 // partial: [gridDim.x * groups, 2 or 1, C], the column sums of the rows that one group of threads has seen; dweight | dbias.

@@ -9,6 +9,7 @@
 //         walks down a range of rows (a slot); the sums of the slots [slots, C] are then summed by a warp a column. No atomics, a
 //         fixed order: the same bits every time. Reads x once, plus the sums of the slots, written and read (a few %).
 #pragma once
+#include <type_traits>
 #include "cuda.cuh"
 
 constexpr int kVecX = 16 / sizeof(floatX);
@@ -22,15 +23,16 @@ inline dim3 row_grid(int rows) { return dim3(ceil_div(rows, kRowsPerBlock)); }
 template <int kLanes> inline dim3 row_block() { return dim3(kRowsPerBlock * kLanes); }
 
 // The sum of f(x[c]) over a row, in every lane. kVec sums run side by side: the CPU's compiler makes them one SIMD register (it may
-// not reorder a single sum), and rounding errors grow kVec times slower.
+// not reorder a single sum), and rounding errors grow kVec times slower. A single thread with a single sum adds in double instead.
+template <int kLanes, int kVec> using RowSum = std::conditional_t<kLanes * kVec == 1, double, float>;
 template <int kLanes, int kVec, class F> __device__ inline float row_sum(const floatX* x, int C, F f) {
-  float sum[kVec] = {};
+  RowSum<kLanes, kVec> sum[kVec] = {};
   for (int c = row_lane<kLanes>() * kVec; c < C; c += kLanes * kVec) {
     const Vec<floatX, kVec> v = load_vec<kVec>(x + c);
     for (int i = 0; i < kVec; i++) sum[i] += f(to_float(v.v[i]));
   }
   for (int i = 1; i < kVec; i++) sum[0] += sum[i];
-  return lanes_sum<kLanes>(sum[0]);
+  return lanes_sum<kLanes>((float)sum[0]);
 }
 
 // ------------------------------------------------------------------ flat arrays, for functions of single elements
