@@ -59,6 +59,7 @@ inline ReadyOperand prepare_operand(const OperandRecipe& how, OperandIndex which
 inline void run_gemm(Gemm g, const ReadyOperand& a, const ReadyOperand& b, const LinearScratch& s) {
   g.A = a.data; g.lda = a.ld; g.a_transposed = a.transposed;
   g.B = b.data; g.ldb = b.ld; g.b_transposed = b.transposed;
+  if (a.amax && b.amax) g.K = a.ld;          // the padding too: zeros, except in a last group of 16 that was rotated and is full
   if (a.amax || b.amax) {
     gemm_alpha(s.scalars + 2, a.amax, b.amax);
     g.alpha = s.scalars + 2;
