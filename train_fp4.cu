@@ -50,14 +50,14 @@ struct Options {
   std::vector<std::string> set;
   int bf16_first = 0, bf16_last = -1;
   // training
-  int batch = 4, seq = 128, total_batch = 0, steps = 960;
+  int batch = 4, seq = 128, total_batch = 0, steps = 720;
   float lr = 2e-3f, min_lr = 0.1f, decay_fraction = 0.2f, weight_decay = 0.1f, beta1 = 0.9f, beta2 = 0.95f, eps = 1e-8f, clip = 1, z_loss = 0;
   int warmup = -1;
   std::string schedule = "cosine";
   long long seed = 1337;
   // output
   std::string out;
-  int val_every = 240, val_batches = 40, sample_every = 0, sample_length = 256, save_every = 0, keep = 2;
+  int val_every = 180, val_batches = 40, sample_every = 0, sample_length = 256, save_every = 0, keep = 2;
   std::string prompt;
   float temperature = 0.8f, top_p = 0.95f;
   bool resume = false, eval_only = false, list_recipes = false, help = false;

@@ -474,7 +474,7 @@ inline void test_errors() {
           r.exit_code, r.output.substr(r.output.rfind("error: ") == std::string::npos ? 0 : r.output.rfind("error: ")).substr(0, 160).c_str());
   }
   const ChildResult help = train_program("--help"), recipes = train_program("--list-recipes");
-  check("--help lists every option with its default", help.exit_code == 0 && help.output.find("--top-p X") != std::string::npos && help.output.find("[960]") != std::string::npos);
+  check("--help lists every option with its default", help.exit_code == 0 && help.output.find("--top-p X") != std::string::npos && help.output.find("[720]") != std::string::npos);
   check("--list-recipes prints the table", recipes.exit_code == 0 && recipes.output.find("2509.25149") != std::string::npos);
 }
 
