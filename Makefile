@@ -50,7 +50,7 @@ BUILD   := build/$(VARIANT)
 
 WARN     := -Wall -Wextra
 SANITIZERS := -g -fsanitize=address,undefined -fno-sanitize-recover=undefined
-CPUFLAGS := -std=c++17 -O3 -march=native -ffp-contract=off -fno-math-errno $(WARN) -Wno-unknown-pragmas -U_FORTIFY_SOURCE -pthread -DCPU_BUILD $(if $(FP32),-DFP32)
+CPUFLAGS := -std=c++17 -O3 -march=native -ffp-contract=off -fno-math-errno $(WARN) -Wno-unknown-pragmas -Wno-psabi -U_FORTIFY_SOURCE -pthread -DCPU_BUILD $(if $(FP32),-DFP32)
 ifneq ($(SANITIZE),)
   CPUFLAGS := $(patsubst -O3,-O1,$(CPUFLAGS)) $(SANITIZERS)
 endif

@@ -3,6 +3,9 @@
 //     the ground       launch, barriers, shuffles; on the CPU also that what would hang is reported      dev/test_runtime.h
 //     formats          E2M1, E4M3, E8M0 over all codes and all BF16 values; Philox's known answers       dev/test_formats.h
 //     quantizers       codes, scales and layout bit-equal to dev/reference.h; statistics; GEMMs          dev/test_quantize.h
+//     native GEMM      the FP4 tensor-core GEMM on the model of its instruction, planted layout bugs      dev/test_native.h
+//     recipes          every row of the table: quantizers, golden vectors, error tables, training        dev/test_recipes.h
+//     control          oscillation, outliers, optimizer formats, schedules of precision                  dev/test_control.h
 //     layers           every kernel, forward and backward, at odd sizes                                  dev/test_layers.h
 //     data             tokenizer and loader                                                              dev/test_data.h
 //     checkpoints      safetensors, config.json, atomic directories                                      dev/test_checkpoint.h
@@ -14,12 +17,16 @@
 #define TESTING
 #include "train_fp4.cu"
 #include "dev/bench.h"
+#include "dev/gemm_versions.cuh"
 #include "dev/test_checkpoint.h"
 #include "dev/test_data.h"
 #include "dev/test_formats.h"
+#include "dev/test_control.h"
 #include "dev/test_layers.h"
 #include "dev/test_model.h"
+#include "dev/test_native.h"
 #include "dev/test_quantize.h"
+#include "dev/test_recipes.h"
 #include "dev/test_runtime.h"
 
 int main(int argc, char** argv) {
@@ -41,16 +48,28 @@ int main(int argc, char** argv) {
   machine_limit(&machine);
   printf("%s; activations in %s; GEMM: %s\n", machine.c_str(), kFp32 ? "FP32" : "BF16", gemm_way());
 
-  if (only_bench) { bench(); return 0; }
+  if (only_bench) {
+    bench();
+    const bool native = fp4_ways(GemmWay::automatic).plain != GemmWay::emulated;        // the model of the instruction is slow: small shapes
+    bench_gemm_ways(native ? bench_shapes(32768, 768, 3 * 768, 4 * 768) : bench_shapes(256, 256, 3 * 256, 4 * 256));
+    printf("\nGPT-2 124M, 32768 tokens:");
+    bench_priced_table(bench_shapes(32768, 768, 3 * 768, 4 * 768));
+    printf("\nwidth 4096, 16384 tokens:");
+    bench_priced_table(bench_shapes(16384, 4096, 3 * 4096, 4 * 4096));
+    return 0;
+  }
 
   test_runtime();
   test_formats();
   test_quantize();
   test_layers();
+  test_native();
   if (!kernels) {
     test_data();
     test_checkpoint();
     test_model();
+    test_recipes();
+    test_control();
     test_errors();
     if (!quick) {
       test_program();

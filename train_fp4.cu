@@ -18,6 +18,7 @@
 #include <sys/ioctl.h>
 #include <time.h>
 #include <unistd.h>
+#include <array>
 #include <chrono>
 #include <cmath>
 #include <functional>
@@ -28,13 +29,15 @@
 #include "data/checkpoint.h"       // defines: ModelConfig, read_config, SafetensorsReader, SafetensorsWriter, AtomicDirectory
 #include "data/loader.h"           // defines: DataLoader
 #include "data/tokenizer.h"        // defines: Tokenizer
-#include "kernels/adamw.cuh"       // defines: adamw_update, grad_norm
+#include "kernels/adamw.cuh"       // defines: adamw_update, grad_norm, formats of AdamW's states
 #include "kernels/attention.cuh"   // defines: attention_forward, attention_backward
 #include "kernels/embedding.cuh"   // defines: embedding_forward, embedding_backward, position_embedding_backward, sort_tokens
 #include "kernels/linear.cuh"      // defines: linear_forward, linear_backward; from there gemm, quantize_nvfp4, the table of recipes
 #include "kernels/loss.cuh"        // defines: softmax_cross_entropy
 #include "kernels/mlp.cuh"         // defines: gelu_*, swiglu_*, add_bias, bias_backward, residual_forward
 #include "kernels/norm.cuh"        // defines: layernorm_*, rmsnorm_*
+#include "kernels/oscillation.cuh" // defines: the windows of OsciReset and Q-Ramping, Q-EMA's average
+#include "kernels/outliers.cuh"    // defines: OutControl's choice of columns, outlier_forward, outlier_backward, OCC
 #include "kernels/rope.cuh"        // defines: rope_table, rope_forward, rope_backward
 
 // =====================================================================================================================================
@@ -49,11 +52,19 @@ struct Options {
   std::string model = "llama:1M", init_from, recipe = "nvfp4";
   std::vector<std::string> set;
   int bf16_first = 0, bf16_last = -1;
+  // what changes late in training, and what watches over it
+  double bf16_from = 1;
+  std::string bf16_what, bf16_trigger = "step";
+  int fqt_every = 0;
+  std::string oscillation, outliers;             // empty: as the recipe says
+  int osci_start = -1, osci_period = 200, osci_detect = 0, ramp_most = 16, outlier_start = 501, outlier_steps = 50;
+  float osci_tau = 8, ema = 0.998f, outlier_fraction = 0.1f;
+  std::string outlier_order = "sorted";
   // training
   int batch = 4, seq = 128, total_batch = 0, steps = 720;
   float lr = 2e-3f, min_lr = 0.1f, decay_fraction = 0.2f, weight_decay = 0.1f, beta1 = 0.9f, beta2 = 0.95f, eps = 1e-8f, clip = 1, z_loss = 0;
   int warmup = -1;
-  std::string schedule = "cosine";
+  std::string schedule = "cosine", adam_m = "fp32", adam_v = "fp32", adam_scale = "fp32";
   long long seed = 1337;
   // output
   std::string out;
@@ -102,6 +113,22 @@ std::vector<Option> option_table(Options& o) {
   table.push_back({"set", 0, "FIELD=VALUE", "override one field of the recipe, such as dgrad.dy.rounding=nearest; may be repeated", "", [&o](const std::string& v) { o.set.push_back(v); }});
   integer("bf16-first", 0, &o.bf16_first, 0, 10000, "keep the first N blocks in BF16");
   integer("bf16-last", 0, &o.bf16_last, -1, 10000, "keep the last N blocks in BF16; -1: as the recipe says");
+  number("bf16-from", 0, &o.bf16_from, 0, 1, "from this share of the steps on, compute in BF16 what --bf16-what says; 1: never");
+  text("bf16-what", 0, "WHAT", &o.bf16_what, "forward, backward or all; without it forward, and backward with --bf16-trigger fqt");
+  text("bf16-trigger", 0, "WHAT", &o.bf16_trigger, "step: at --bf16-from; fqt: when the gradient sinks below sqrt(3) times its quantization noise");
+  integer("fqt-every", 0, &o.fqt_every, 0, 1 << 30, "measure gradient over quantization noise every N steps (a backward pass more); 0: never, or 100 with the trigger");
+  text("oscillation", 0, "NAME", &o.oscillation, "none, osci-reset, q-ema or q-ramping; without it, as the recipe says");
+  integer("osci-start", 0, &o.osci_start, -1, 1 << 30, "osci-reset, q-ramping: first step of the first window; -1: 65 % of the steps (q-ramping: after the warm-up)");
+  integer("osci-period", 0, &o.osci_period, 3, 1 << 30, "osci-reset, q-ramping: steps from window to window");
+  integer("osci-detect", 0, &o.osci_detect, 0, 1 << 30, "osci-reset, q-ramping: steps that a window watches; 0: 50, and 30 for q-ramping");
+  number("osci-tau", 0, &o.osci_tau, 0, 1e9, "osci-reset: a weight whose quantized value moves this many times as far as itself is reset");
+  number("ema", 0, &o.ema, 0, 1, "q-ema: decay of the weights' average");
+  integer("ramp-most", 0, &o.ramp_most, 1, 255, "q-ramping: longest period of an element, in steps");
+  text("outliers", 0, "NAME", &o.outliers, "none, outcontrol or occ; without it, as the recipe says. The quantile of occ is the recipe's field occ");
+  integer("outlier-start", 0, &o.outlier_start, 1, 1 << 30, "outcontrol: first step that sums the norms of the input channels");
+  integer("outlier-steps", 0, &o.outlier_steps, 1, 1 << 30, "outcontrol: for how many steps");
+  number("outlier-fraction", 0, &o.outlier_fraction, 0, 0.5, "outcontrol: share of the channels in MXFP8, rounded up to a multiple of 128");
+  text("outlier-order", 0, "ORDER", &o.outlier_order, "outcontrol: sorted (FP4 channels by falling norm) or memory");
   integer("batch", 'b', &o.batch, 1, 65536, "sequences in a micro-batch");
   integer("seq", 't', &o.seq, 1, 1 << 20, "tokens in a sequence");
   integer("total-batch", 'd', &o.total_batch, 0, 1 << 30, "tokens in a step, a multiple of batch x seq; 0: one micro-batch");
@@ -115,6 +142,9 @@ std::vector<Option> option_table(Options& o) {
   number("beta1", 0, &o.beta1, 0, 0.9999999, "AdamW");
   number("beta2", 0, &o.beta2, 0, 0.9999999, "AdamW");
   number("eps", 0, &o.eps, 0, 1, "AdamW");
+  text("adam-m", 0, "FORMAT", &o.adam_m, "how AdamW keeps m: fp32, bf16 or fp8 (E4M3, a scale for 128 elements)");
+  text("adam-v", 0, "FORMAT", &o.adam_v, "how AdamW keeps v: fp32 or bf16");
+  text("adam-scale", 0, "FORMAT", &o.adam_scale, "scales of an FP8 m: fp32 or e8m0");
   number("clip", 0, &o.clip, 0, 1e9, "largest gradient norm; 0: do not clip");
   number("z-loss", 0, &o.z_loss, 0, 1, "weight of the squared log-partition in the loss");
   integer("seed", 0, &o.seed, 0, INT64_MAX, "of weights, data order and stochastic rounding");
@@ -154,6 +184,21 @@ Options parse_options(int argc, char** argv) {
     option->set(value);
   }
   if (o.schedule != "cosine" && o.schedule != "wsd" && o.schedule != "constant") die_usage("--schedule %s: cosine, wsd and constant are allowed", o.schedule.c_str());
+  auto one_of = [](const char* option, const std::string& value, std::vector<std::string> allowed) {
+    std::string names;
+    for (const std::string& a : allowed) { if (value == a) return; names += (names.empty() ? "" : ", ") + a; }
+    die_usage("--%s %s: allowed are %s", option, value.c_str(), names.c_str());
+  };
+  one_of("adam-m", o.adam_m, {"fp32", "bf16", "fp8"});
+  one_of("adam-v", o.adam_v, {"fp32", "bf16"});
+  one_of("adam-scale", o.adam_scale, {"fp32", "e8m0"});
+  one_of("bf16-trigger", o.bf16_trigger, {"step", "fqt"});
+  if (o.bf16_what.empty()) o.bf16_what = o.bf16_trigger == "fqt" ? "backward" : "forward";
+  one_of("bf16-what", o.bf16_what, {"forward", "backward", "all"});
+  if (!o.oscillation.empty()) one_of("oscillation", o.oscillation, {"none", "osci-reset", "q-ema", "q-ramping"});
+  if (!o.outliers.empty()) one_of("outliers", o.outliers, {"none", "outcontrol", "occ"});
+  one_of("outlier-order", o.outlier_order, {"sorted", "memory"});
+  if (o.bf16_trigger == "fqt" && o.fqt_every == 0) o.fqt_every = 100;
   if (o.resume && o.out.empty()) die_usage("--resume needs --out DIR, the directory of the run to go on with");
   const long long micro = (long long)o.batch * o.seq;
   if (o.total_batch == 0) o.total_batch = (int)min(micro, (long long)INT32_MAX);
@@ -173,10 +218,31 @@ void print_help() {
 }
 
 void print_recipes() {
-  printf("%-8s %-14s %-14s  %-14s %-14s  %-20s %-20s  %s  %s\n", "recipe", "fprop x", "fprop w", "dgrad dy", "dgrad w", "wgrad dy", "wgrad x", "BF16 tail", "source");
-  for (const Recipe& r : recipe_table())
-    printf("%-8s %-14s %-14s  %-14s %-14s  %-20s %-20s  %7.0f %%  %s\n", r.name.c_str(), operand_word(r.fprop.x).c_str(), operand_word(r.fprop.w).c_str(), operand_word(r.dgrad.dy).c_str(),
-           operand_word(r.dgrad.w).c_str(), operand_word(r.wgrad.dy).c_str(), operand_word(r.wgrad.x).c_str(), 100 * r.bf16_last, r.source.c_str());
+  std::vector<std::vector<std::string>> rows = {{"recipe", "fprop x", "fprop w", "dgrad dy", "dgrad w", "wgrad dy", "wgrad x", "and", "source"}};
+  for (Recipe& r : recipe_table()) {
+    std::string more;
+    auto add = [&](bool yes, const std::string& what) { if (yes) more += (more.empty() ? "" : ", ") + what; };
+    add(r.bf16_last > 0, "last " + std::to_string((int)lroundf(100 * r.bf16_last)) + " % BF16");
+    add(r.estimator.x == Estimator::quest_mask, "QuEST mask");
+    add(r.estimator.w == Estimator::dge, "DGE");
+    add(r.outliers != "none", r.outliers);
+    add(r.oscillation != "none", r.oscillation);
+    rows.push_back({r.name});
+    for (auto& [name, o] : recipe_operands(r)) rows.back().push_back(operand_word(*o));
+    rows.back().push_back(more);
+    rows.back().push_back(r.source);
+  }
+  for (const std::vector<std::string>& row : rows)
+    for (size_t c = 0; c < row.size(); c++) {
+      size_t width = 0;
+      for (const std::vector<std::string>& other : rows) width = max(width, other[c].size());
+      printf("%-*s%s", c + 1 < row.size() ? (int)width : 0, row[c].c_str(), c + 1 < row.size() ? "  " : "\n");
+    }
+  printf("\nRN to nearest, SR stochastic, EDEN: MS-EDEN. /128: outer scale for 1x128. H: Hadamard transform, RHT: with random signs, *: fresh for every GEMM.\n"
+         "2x: from the forward pass's quantized value (double quantization). Every word is explained in kernels/recipe.cuh.\nFields for --set, with what they take:\n");
+  for (const RecipeField& f : recipe_fields(recipe_table()[0])) if (f.name.rfind("fprop.x.", 0) == 0) printf("  %-22s %s\n", ("<operand>." + f.name.substr(8)).c_str(), f.allowed.c_str());
+  for (const RecipeField& f : recipe_fields(recipe_table()[0])) if (std::count(f.name.begin(), f.name.end(), '.') < 2) printf("  %-22s %s\n", f.name.c_str(), f.allowed.c_str());
+  printf("<operand>: fprop.x fprop.w dgrad.dy dgrad.w wgrad.dy wgrad.x; a GEMM's name alone means both of its operands, no name all six, as in --set outer=tensor\n");
 }
 
 // The row that --recipe and --set name.
@@ -203,6 +269,7 @@ struct Arena {
   struct Item { std::string label; size_t bytes; void** where; };
   std::vector<Item> items;
   char* memory = nullptr;
+  size_t later = 0;                                 // bytes that the run will take for a while, beside the arena
 
   template <class T> void want(T** where, size_t n, const char* label) { items.push_back({label, round_up(max(n, (size_t)1) * sizeof(T), (size_t)256), (void**)where}); }
   size_t total() const { size_t n = 0; for (const Item& i : items) n += i.bytes; return n; }
@@ -217,12 +284,13 @@ struct Arena {
     printf("memory\n");
     for (auto& [label, bytes] : rows) printf("  %-44s %10.1f MB\n", label.c_str(), bytes / 1e6);
     printf("  %-44s %10.1f MB\n", "total", total() / 1e6);
+    if (later) printf("  %-44s %10.1f MB\n", "more, while a window of --oscillation is open", later / 1e6);
   }
   void take() {
 #ifndef CPU_BUILD
     size_t free_bytes = 0, all = 0;
     CUDA_CHECK(cudaMemGetInfo(&free_bytes, &all));
-    if (total() > free_bytes) die("the run needs %.1f GB of GPU memory, %.1f GB are free: lower --batch (and keep --total-batch), --seq or --model", total() / 1e9, free_bytes / 1e9);
+    if (total() + later > free_bytes) die("the run needs %.1f GB of GPU memory, %.1f GB are free: lower --batch (and keep --total-batch), --seq or --model", (total() + later) / 1e9, free_bytes / 1e9);
 #endif
     memory = device_alloc<char>(total());
     char* at = memory;
@@ -237,6 +305,7 @@ struct Weight {                        // where one parameter lives
   float* master = nullptr;             // FP32: what the optimizer updates
   floatX* work = nullptr;              // matrices: the copy that the GEMMs and embeddings read
   float* grad = nullptr;               // FP32
+  size_t watch_offset = 0;             // of the first element in the arrays of all watched parameters (the section Control)
 };
 struct HfTensor { std::string name; int first_row, rows; };     // rows of a parameter under the name that Hugging Face gives them
 struct Param {
@@ -248,15 +317,55 @@ struct Param {
   std::vector<HfTensor> hf;
   Weight* weight;
   size_t offset = 0;                   // of the first element in the arrays of all parameters
+  size_t block_offset = 0;             // of its first block of 128 in the array of the scales of AdamW's m
+  int block = -1;                      // of the model; -1: none
+  bool watched = false;                // a matrix of a quantized layer: the section Control looks after it
   size_t size() const { return (size_t)rows * cols; }
 };
 
-struct LayerWeights { Weight ln1, ln1_bias, qkv, qkv_bias, out, out_bias, ln2, ln2_bias, fc, fc_bias, down, down_bias; };
+struct LayerWeights {
+  Weight ln1, ln1_bias, qkv, qkv_bias, out, out_bias, ln2, ln2_bias, fc, fc_bias, down, down_bias;
+  const Weight& linear(int which) const { return which == 0 ? qkv : which == 1 ? out : which == 2 ? fc : down; }     // the four linear layers
+};
 
 // What the forward pass keeps of one block
 struct LayerActs {
   floatX *ln1, *qkv, *att, *mid, *ln2, *fc, *act, *result;    // (T,C) (T,(H+2G)D) (T,HD) (T,C) (T,C) (T,2F or F) (T,F) (T,C)
   float *ln1_mean, *ln1_rstd, *ln2_mean, *ln2_rstd, *lse;     // (T) (T) (T) (T) (B,H,S)
+  LinearSaved saved[4];                // QKV, attention out, MLP up, MLP down: operands of double quantization, masks
+};
+
+// What watches over training (the section Control has the code). Arrays of watched parameters have `watched` elements.
+struct Control {
+  std::string oscillation = "none", outliers = "none";
+  size_t watched = 0;
+  // OsciReset and Q-Ramping: a window's state, on the device only while it is open
+  WindowSchedule window;
+  float tau = 8;
+  struct Open {
+    float *prev = nullptr, *dist_q = nullptr, *dist_w = nullptr;       // W_prev and the two sums
+    float *w = nullptr, *q = nullptr, *q_prev = nullptr;               // scratch: one matrix as the detector sees it, Q of it, Q of W_prev
+    GridScratch grid;
+    OsciCounts* counts = nullptr;
+  } open;
+  // Q-Ramping: gradients summed so far, of how many steps, and the period; Q-EMA: the weights' average and its decay
+  Ramp ramp;
+  int ramp_most = 16;
+  float *average = nullptr, ema = 0.998f;        // in the coordinates in which the forward pass rounds
+  GridScratch packed_weight;
+  // OutControl: [blocks][4 layers]
+  std::vector<std::array<OutlierLayer, 4>> columns;
+  OutlierScratch outlier_scratch;
+  float outlier_fraction = 0.1f;
+  int outlier_start = 501, outlier_steps = 50;
+  bool sorted = true, chosen = false, collecting = false;
+  // precision late in training
+  Recipe late;                         // the recipe after the switch
+  bool may_switch = false;
+  bool switched = false;
+  // monitor: the gradient of the watched parameters with a BF16 backward pass
+  bool monitor = false;
+  float* clean = nullptr;
 };
 
 struct Model {
@@ -274,13 +383,18 @@ struct Model {
   Weight wte, wpe, ln_final, ln_final_bias, lm_head;          // lm_head: the same as wte when tied
   std::vector<LayerWeights> layers;
   size_t elements = 0;                 // of all parameters, each padded to 64
-  float *master, *grads, *m, *v;       // (elements) each
+  float *master, *grads;               // (elements) each
+  AdamFormats adam;
+  char *m, *v, *m_scale;               // AdamW's states: (elements) each of the format's bytes; scales of an FP8 m, one for 128 elements of a parameter
+  size_t state_blocks = 0;             // of all parameters
+  Control control;
   floatX* work;                        // (elements); in an FP32 build the same as master
 
   std::vector<LayerActs> acts;
   int *tokens, *targets, *order, *segment_start, *segment_token;   // (T) each
   std::vector<int> host_tokens;
   floatX *embedded, *final, *temp;     // (T,C) each
+  floatX *passing;                     // (T,C or F): ln1, ln2 and act of the blocks whose backward pass does not read them
   float *final_mean, *final_rstd, *losses, *rope, *delta, *reduce, *norm;
   floatX *logits;                      // (logit_rows, V)
   int logit_rows = 0;
@@ -291,7 +405,7 @@ struct Model {
   int att_width() const { return config.heads * config.head_dim; }
   int fc_width() const { return config.llama ? 2 * config.ffn : config.ffn; }
   bool block_is_bf16(int l) const { return l < bf16_first || l >= config.layers - bf16_last; }
-  const Recipe& block_recipe(int l) const { return block_is_bf16(l) ? bf16 : recipe; }
+  const Recipe& block_recipe(int l) const { return block_is_bf16(l) ? bf16 : control.switched ? control.late : recipe; }
   double linear_parameters() const { double n = (double)config.vocab * config.channels; for (const Param& p : params) if (p.quantized) n += p.size(); return n; }
   // forward and backward: 6 flops for each weight of a matrix; attention QK and PV, causal, 6 S H D a block
   double flops_per_token(int seq) const { return 6 * linear_parameters() + 6.0 * config.layers * seq * att_width(); }
@@ -328,11 +442,86 @@ void make_params(Model& m) {
     if (!c.llama) vector(&w.fc_bias, n + "fc.bias", c.ffn, 0, h + "mlp.c_fc.bias");
     add(&w.down, n + "down", c.channels, c.ffn, residual_std, 0, true, {{h + (c.llama ? "mlp.down_proj.weight" : "mlp.c_proj.weight"), 0, c.channels}});
     if (!c.llama) vector(&w.down_bias, n + "down.bias", c.channels, 0, h + "mlp.c_proj.bias");
+    for (Param& p : m.params) if (p.quantized && p.block < 0) p.block = l;
   }
   vector(&m.ln_final, "ln_final", c.channels, 1, root + (c.llama ? "norm.weight" : "ln_f.weight"));
   if (!c.llama) vector(&m.ln_final_bias, "ln_final.bias", c.channels, 0, root + "ln_f.bias");
   if (!c.tied) add(&m.lm_head, "lm_head", m.V, c.channels, std, 0, false, {{"lm_head.weight", 0, c.vocab}});
-  for (Param& p : m.params) { p.offset = m.elements; m.elements += round_up(p.size(), (size_t)64); }
+  for (Param& p : m.params) {
+    p.offset = m.elements; m.elements += round_up(p.size(), (size_t)64);
+    p.block_offset = m.state_blocks; m.state_blocks += state_blocks(p.size());
+    p.watched = p.quantized && !m.block_is_bf16(p.block) && m.recipe.quantizes();
+    if (p.watched) { p.weight->watch_offset = m.control.watched; m.control.watched += round_up(p.size(), (size_t)64); }
+  }
+}
+
+// The shape {K, N} of the four linear layers of a block: QKV, attention out, MLP up (Llama: gate | up), MLP down.
+struct LayerShape { int K, N; };
+std::array<LayerShape, 4> layer_shapes(const Model& m) {
+  return {{{m.config.channels, m.qkv_width()}, {m.att_width(), m.config.channels}, {m.config.channels, m.fc_width()}, {m.config.ffn, m.config.channels}}};
+}
+size_t largest_watched(const Model& m) {
+  size_t most = 0;
+  for (const Param& p : m.params) if (p.watched) most = max(most, p.size());
+  return most;
+}
+// The largest packed matrix on the grid of the forward pass.
+struct PackedGrid { PackedBytes bytes; size_t groups = 0; };
+PackedGrid largest_grid(const Model& m) {
+  PackedGrid g;
+  for (const Param& p : m.params) if (p.watched) {
+    const PackedBytes b = packed_bytes(m.recipe.fprop.w, p.rows, p.cols);
+    g.bytes.codes = max(g.bytes.codes, b.codes); g.bytes.scales = max(g.bytes.scales, b.scales); g.bytes.outer = max(g.bytes.outer, b.outer);
+    g.groups = max(g.groups, group_words(p.rows, p.cols));
+  }
+  return g;
+}
+// Device memory of an open window.
+size_t window_bytes(const Model& m) { return 3 * sizeof(float) * (m.control.watched + largest_watched(m)); }
+// Memory of what watches over training. The window of OsciReset and Q-Ramping comes and goes: window_bytes().
+void want_control(Model& m) {
+  Control& c = m.control;
+  Arena& a = m.arena;
+  const size_t T = (size_t)m.B * m.S;
+  if (m.training && c.oscillation == "q-ramping") {
+    a.want(&c.ramp.sum, c.watched, "Q-Ramping: summed gradients, periods");
+    a.want(&c.ramp.count, c.watched, "Q-Ramping: summed gradients, periods");
+    a.want(&c.ramp.period, c.watched, "Q-Ramping: summed gradients, periods");
+  }
+  if (c.oscillation == "q-ema") {
+    const PackedGrid most = largest_grid(m);
+    a.want(&c.average, c.watched, "Q-EMA: average of the weights, FP32");
+    a.want(&c.packed_weight.codes, most.bytes.codes, "Q-EMA: one matrix, packed; one in FP32");
+    a.want(&c.packed_weight.scales, most.bytes.scales, "Q-EMA: one matrix, packed; one in FP32");
+    a.want(&c.packed_weight.outer, most.bytes.outer / 4, "Q-EMA: one matrix, packed; one in FP32");
+    a.want(&c.outlier_scratch.average, 2 * largest_watched(m), "Q-EMA: one matrix, packed; one in FP32");
+  }
+  if (m.training && c.monitor) a.want(&c.clean, c.watched, "gradient without quantization noise, FP32");
+  if (m.training && (c.oscillation == "osci-reset" || c.oscillation == "q-ramping")) a.later = window_bytes(m);
+  if (c.outliers == "none") return;
+  size_t x = 0, w = 0, y = 0, norms = 0;
+  for (const LayerShape& s : layer_shapes(m)) { x = max(x, T * s.K); w = max(w, (size_t)s.N * s.K); y = max(y, max(T * s.N, T * s.K)); norms = max(norms, column_norms_scratch(s.K)); }
+  const char* label = c.outliers == "occ" ? "OCC: clamped X and the rest" : "OutControl: gathered operands of a layer";
+  if (c.outliers == "occ") { a.want(&c.outlier_scratch.x, x, label); a.want(&c.outlier_scratch.y, x, label); return; }
+  a.want(&c.outlier_scratch.x, x, label); a.want(&c.outlier_scratch.w, w, label); a.want(&c.outlier_scratch.y, y, label);
+  if (m.training) a.want(&c.outlier_scratch.dw, w, label);
+  a.want(&c.outlier_scratch.norms, norms, label);
+  c.columns.resize(m.config.layers);
+  for (int l = 0; l < m.config.layers; l++) for (int i = 0; i < 4; i++) {
+    if (m.block_is_bf16(l)) continue;
+    OutlierLayer& o = c.columns[l][i];
+    o.K = layer_shapes(m)[i].K;
+    o.fp8 = outlier_columns(o.K, c.outlier_fraction);
+    a.want(&o.columns, o.K, "OutControl: columns, norms");
+    a.want(&o.sums, o.K, "OutControl: columns, norms");
+  }
+}
+
+// Does the backward pass of block l read the inputs of its linear layers themselves? Not if it works from their FP4 form, now and after a switch of
+// precision; fqt's monitor and outlier control read them too. (The attention output is always kept: attention's backward pass reads it.)
+bool keeps_linear_inputs(const Model& m, int l) {
+  const Control& c = m.control;
+  return !m.training || keeps_x(m.block_recipe(l)) || (c.may_switch && keeps_x(c.late)) || c.monitor || c.outliers != "none";
 }
 
 // Announces all memory, takes it, and points every view to its place.
@@ -346,17 +535,27 @@ void allocate_model(Model& m, bool print) {
   if (sizeof(floatX) == 2) a.want(&m.work, m.elements, "weights, BF16");
   if (m.training) {
     a.want(&m.grads, m.elements, "gradients, FP32");
-    a.want(&m.m, m.elements, "AdamW m, FP32");
-    a.want(&m.v, m.elements, "AdamW v, FP32");
+    a.want(&m.m, m.elements * state_bytes(m.adam.m), m.adam.m == StateFormat::fp32 ? "AdamW m, FP32" : m.adam.m == StateFormat::bf16 ? "AdamW m, BF16" : m.adam.e8m0 ? "AdamW m, E4M3 with E8M0 scales" : "AdamW m, E4M3 with FP32 scales");
+    if (m.adam.m == StateFormat::fp8) a.want(&m.m_scale, m.state_blocks * state_scale_bytes(m.adam), m.adam.e8m0 ? "AdamW m, E4M3 with E8M0 scales" : "AdamW m, E4M3 with FP32 scales");
+    a.want(&m.v, m.elements * state_bytes(m.adam.v), m.adam.v == StateFormat::fp32 ? "AdamW v, FP32" : "AdamW v, BF16");
   }
+  want_control(m);
   m.acts.resize(c.layers);
   const char *kept = "activations of the blocks", *flow = "embedding, residual, final norm", *work = "gradients of activations", *small = "tokens, losses, reductions";
+  size_t left_out = 0, packed = 0;                            // bytes
   for (int l = 0; l < per_layer; l++) {
     LayerActs& x = m.acts[l];
-    a.want(&x.ln1, T * C, kept); a.want(&x.qkv, T * m.qkv_width(), kept); a.want(&x.att, T * m.att_width(), kept); a.want(&x.mid, T * C, kept);
-    a.want(&x.ln2, T * C, kept); a.want(&x.fc, T * m.fc_width(), kept); a.want(&x.act, T * F, kept); a.want(&x.result, T * C, kept);
+    a.want(&x.qkv, T * m.qkv_width(), kept); a.want(&x.att, T * m.att_width(), kept); a.want(&x.mid, T * C, kept); a.want(&x.fc, T * m.fc_width(), kept); a.want(&x.result, T * C, kept);
+    if (keeps_linear_inputs(m, l)) { a.want(&x.ln1, T * C, kept); a.want(&x.ln2, T * C, kept); a.want(&x.act, T * F, kept); }
+    else left_out += T * (2 * C + F) * sizeof(floatX);
+    for (int i = 0; m.training && i < 4; i++)
+      want_linear_saved(x.saved[i], m.block_recipe(l), (int)T, layer_shapes(m)[i].K, layer_shapes(m)[i].N, [&](auto** where, size_t n) {
+        packed += n * sizeof(**where);
+        a.want(where, n, "for the backward pass in FP4: inputs, weights");
+      });
     a.want(&x.ln1_mean, T, kept); a.want(&x.ln1_rstd, T, kept); a.want(&x.ln2_mean, T, kept); a.want(&x.ln2_rstd, T, kept); a.want(&x.lse, T * c.heads, kept);
   }
+  if (left_out) a.want(&m.passing, T * max(C, F), flow);
   a.want(&m.embedded, T * C, flow); a.want(&m.final, T * C, flow); a.want(&m.temp, T * C, flow); a.want(&m.final_mean, T, flow); a.want(&m.final_rstd, T, flow);
   // Logits are the largest tensor of a small model: they are computed, turned into their gradient and used up a chunk of rows at a time.
   constexpr size_t kLogitBytes = 512u << 20;
@@ -368,6 +567,7 @@ void allocate_model(Model& m, bool print) {
   const int shapes[4][2] = {{c.channels, m.qkv_width()}, {m.att_width(), c.channels}, {c.channels, m.fc_width()}, {c.ffn, c.channels}};   // {K, N}
   for (auto& s : shapes) { quantized = max(quantized, linear_scratch_elements((int)T, s[0], s[1])); tiles = max(tiles, linear_tile_words((int)T, s[0], s[1])); }
   if (m.recipe.quantizes()) for (int i = 0; i < 2; i++) a.want(&m.scratch.values[i], quantized, "operands of the GEMM in flight");
+  if (linear_needs_rotated(m.recipe)) a.want(&m.scratch.rotated, quantized, "an operand before rounding, FP32");
   a.want(&m.scratch.tiles, tiles, small); a.want(&m.scratch.scalars, 3, small);
   if (m.training) {
     a.want(&m.order, T, small); a.want(&m.segment_start, T + 1, small); a.want(&m.segment_token, T, small); a.want(&m.delta, T * c.heads, small);
@@ -377,7 +577,9 @@ void allocate_model(Model& m, bool print) {
     a.want(&m.dact, T * F, work); a.want(&m.dfc, T * m.fc_width(), work);
   }
   if (print) a.print_table();
+  if (print && left_out) printf("  double quantization: the backward pass keeps %.1f MB of packed inputs and weights, and not %.1f MB of inputs in %s\n", packed / 1e6, left_out / 1e6, sizeof(floatX) == 2 ? "BF16" : "FP32");
   a.take();
+  for (int l = 0; l < per_layer; l++) if (!keeps_linear_inputs(m, l)) m.acts[l].ln1 = m.acts[l].ln2 = m.acts[l].act = m.passing;
   for (int l = per_layer; l < c.layers; l++) m.acts[l] = m.acts[0];
   for (Param& p : m.params) {
     p.weight->master = m.master + p.offset;
@@ -404,10 +606,38 @@ void set_param(const Param& p, const float* values) {
   }
   device_sync();                                    // the host buffers go away
 }
+// The states of Control at the start of a run. Q-EMA's average starts from the weights: begin_average, once they are there.
+void start_control(Model& m) {
+  Control& c = m.control;
+  if (c.ramp.sum) {
+    const std::vector<uint8_t> ones(c.watched, 1);
+    to_device(c.ramp.period, ones.data(), c.watched);
+    device_zero(c.ramp.sum, c.watched); device_zero(c.ramp.count, c.watched);
+    device_sync();
+  }
+  for (auto& block : c.columns) for (OutlierLayer& o : block) if (o.K) device_zero(o.sums, o.K);
+}
+// The master weights in the coordinates in which the forward pass rounds: themselves, or rotated, in Q-EMA's scratch.
+const float* rounding_coordinates(const Model& m, const Param& p) {
+  const int rht = m.recipe.fprop.w.rht;
+  float *w = m.control.outlier_scratch.average, *scratch = w + p.size();
+  if (rht == 0) return p.weight->master;
+  device_copy(w, p.weight->master, p.size());
+  rotate_rows(w, scratch, p.rows, p.cols, rht);
+  return w;
+}
+void begin_average(Model& m) {
+  if (m.control.average) for (const Param& p : m.params) if (p.watched) device_copy(m.control.average + p.weight->watch_offset, rounding_coordinates(m, p), p.size());
+}
 void zero_padding_and_optimizer(Model& m) {
   device_zero(m.master, m.elements);
   if (sizeof(floatX) == 2) device_zero(m.work, m.elements);
-  if (m.training) { device_zero(m.m, m.elements); device_zero(m.v, m.elements); device_zero(m.grads, m.elements); }
+  if (!m.training) return;
+  device_zero(m.grads, m.elements);
+  device_zero(m.m, m.elements * state_bytes(m.adam.m));
+  device_zero(m.v, m.elements * state_bytes(m.adam.v));
+  if (m.adam.m == StateFormat::fp8) device_zero(m.m_scale, m.state_blocks * state_scale_bytes(m.adam));
+  start_control(m);
 }
 
 // Random weights: normal numbers from Philox, element i of parameter p from counter (i / 4, p), so that they depend on nothing else.
@@ -435,6 +665,7 @@ void init_weights(Model& m) {
     }
     set_param(p, x.data());
   }
+  begin_average(m);
 }
 
 // =====================================================================================================================================
@@ -455,6 +686,23 @@ void norm_forward(const Model& m, floatX* out, float* mean, float* rstd, const f
 // Random streams: four linear layers a block.
 LinearKey linear_key(const Model& m, uint32_t micro_step, int layer, int which) { return {m.seed, micro_step, (uint32_t)(layer * 4 + which)}; }
 
+// How layer `which` of block l is watched over: outlier control, Q-EMA.
+LayerControl layer_control(const Model& m, int l, int which) {
+  const Control& c = m.control;
+  LayerControl how;
+  const OperandRecipe &x = m.block_recipe(l).fprop.x, &w = m.block_recipe(l).fprop.w;
+  if (m.block_is_bf16(l)) return how;
+  how.scratch = c.outlier_scratch;
+  how.occ = c.outliers == "occ" && is_fp4(x.format);
+  if (c.outliers == "outcontrol") {
+    const OutlierLayer& o = c.columns[l][which];
+    if (c.chosen && o.fp8 && m.block_recipe(l).quantizes()) how.split = &o;
+    if (c.collecting) how.collect = o.sums;
+  }
+  if (c.average && is_fp4(w.format)) how.toward = {c.average + m.layers[l].linear(which).watch_offset, c.packed_weight};
+  return how;
+}
+
 // Tokens (B,S) -> m.final (T,C), the input of the lm_head. micro_step names the random numbers of recipes that round stochastically.
 void forward(Model& m, int B, int S, uint32_t micro_step) {
   const ModelConfig& c = m.config;
@@ -463,22 +711,24 @@ void forward(Model& m, int B, int S, uint32_t micro_step) {
   const floatX* x = m.embedded;                                                                          // (T,C) the residual stream
   for (int l = 0; l < c.layers; l++) {
     const LayerWeights& w = m.layers[l];
-    const LayerActs& a = m.acts[l];
+    LayerActs& a = m.acts[l];
     const Recipe& r = m.block_recipe(l);
     auto key = [&](int which) { return linear_key(m, micro_step, l, which); };
+    auto control = [&](int which) { return layer_control(m, l, which); };
+    auto saved = [&](int which) { return m.training ? &a.saved[which] : nullptr; };
     norm_forward(m, a.ln1, a.ln1_mean, a.ln1_rstd, x, w.ln1, w.ln1_bias, T);                             // (T,C)
-    linear_forward(a.qkv, a.ln1, w.qkv.work, T, C, m.qkv_width(), r, key(0), m.scratch);                 // (T,C) -> (T,(H+2G)D)
+    linear_forward(control(0), a.qkv, a.ln1, w.qkv.work, T, C, m.qkv_width(), r, key(0), m.scratch, saved(0));                 // (T,C) -> (T,(H+2G)D)
     if (!c.llama) add_bias(a.qkv, w.qkv_bias.master, T, m.qkv_width());
     if (c.llama) rope_forward(a.qkv, m.rope, B, S, H, G, D);
     attention_forward(a.att, a.lse, a.qkv, B, S, H, G, D);                                               // -> (T,HD)
-    linear_forward(m.temp, a.att, w.out.work, T, H * D, C, r, key(1), m.scratch);                        // (T,HD) -> (T,C)
+    linear_forward(control(1), m.temp, a.att, w.out.work, T, H * D, C, r, key(1), m.scratch, saved(1));                        // (T,HD) -> (T,C)
     residual_forward(a.mid, x, m.temp, w.out_bias.master, T, C);                                         // (T,C)
     norm_forward(m, a.ln2, a.ln2_mean, a.ln2_rstd, a.mid, w.ln2, w.ln2_bias, T);                         // (T,C)
-    linear_forward(a.fc, a.ln2, w.fc.work, T, C, m.fc_width(), r, key(2), m.scratch);                    // (T,C) -> (T,F), Llama (T,2F)
+    linear_forward(control(2), a.fc, a.ln2, w.fc.work, T, C, m.fc_width(), r, key(2), m.scratch, saved(2));                    // (T,C) -> (T,F), Llama (T,2F)
     if (!c.llama) add_bias(a.fc, w.fc_bias.master, T, F);
     if (c.llama) swiglu_forward(a.act, a.fc, T, F);                                                      // (T,F)
     else gelu_forward(a.act, a.fc, (size_t)T * F);
-    linear_forward(m.temp, a.act, w.down.work, T, F, C, r, key(3), m.scratch);                           // (T,F) -> (T,C)
+    linear_forward(control(3), m.temp, a.act, w.down.work, T, F, C, r, key(3), m.scratch, saved(3));                           // (T,F) -> (T,C)
     residual_forward(a.result, a.mid, m.temp, w.down_bias.master, T, C);                                 // (T,C)
     x = a.result;
   }
@@ -549,19 +799,20 @@ void backward(Model& m, int B, int S, uint32_t micro_step) {
     const Recipe& r = m.block_recipe(l);
     const floatX* x = l ? m.acts[l - 1].result : m.embedded;
     auto key = [&](int which) { return linear_key(m, micro_step, l, which); };
+    auto control = [&](int which) { return layer_control(m, l, which); };
     if (!c.llama) bias_backward(w.down_bias.grad, m.dresidual, m.reduce, T, C);
-    linear_backward(m.dact, w.down.grad, m.dresidual, a.act, w.down.work, T, F, C, r, key(3), m.scratch);                   // (T,C) -> (T,F)
+    linear_backward(control(3), m.dact, w.down.grad, m.dresidual, a.act, w.down.work, T, F, C, r, key(3), m.scratch, &a.saved[3]);                   // (T,C) -> (T,F)
     if (c.llama) swiglu_backward(m.dfc, m.dact, a.fc, T, F);                                                              // -> (T,2F)
     else gelu_backward(m.dfc, m.dact, a.fc, (size_t)T * F);                                                               // -> (T,F)
     if (!c.llama) bias_backward(w.fc_bias.grad, m.dfc, m.reduce, T, F);
-    linear_backward(m.dnorm, w.fc.grad, m.dfc, a.ln2, w.fc.work, T, C, m.fc_width(), r, key(2), m.scratch);                // -> (T,C)
+    linear_backward(control(2), m.dnorm, w.fc.grad, m.dfc, a.ln2, w.fc.work, T, C, m.fc_width(), r, key(2), m.scratch, &a.saved[2]);                // -> (T,C)
     norm_backward(m, m.dresidual, w.ln2, w.ln2_bias, m.dnorm, a.mid, a.ln2_mean, a.ln2_rstd, T);                          // adds to (T,C)
     if (!c.llama) bias_backward(w.out_bias.grad, m.dresidual, m.reduce, T, C);
-    linear_backward(m.datt, w.out.grad, m.dresidual, a.att, w.out.work, T, H * D, C, r, key(1), m.scratch);                // -> (T,HD)
+    linear_backward(control(1), m.datt, w.out.grad, m.dresidual, a.att, w.out.work, T, H * D, C, r, key(1), m.scratch, &a.saved[1]);                // -> (T,HD)
     attention_backward(m.dqkv, m.datt, a.qkv, a.att, a.lse, m.delta, B, S, H, G, D);                                      // -> (T,(H+2G)D)
     if (c.llama) rope_backward(m.dqkv, m.rope, B, S, H, G, D);
     if (!c.llama) bias_backward(w.qkv_bias.grad, m.dqkv, m.reduce, T, m.qkv_width());
-    linear_backward(m.dnorm, w.qkv.grad, m.dqkv, a.ln1, w.qkv.work, T, C, m.qkv_width(), r, key(0), m.scratch);            // -> (T,C)
+    linear_backward(control(0), m.dnorm, w.qkv.grad, m.dqkv, a.ln1, w.qkv.work, T, C, m.qkv_width(), r, key(0), m.scratch, &a.saved[0]);            // -> (T,C)
     norm_backward(m, m.dresidual, w.ln1, w.ln1_bias, m.dnorm, x, a.ln1_mean, a.ln1_rstd, T);                              // adds to (T,C)
   }
   std::vector<int> order(T), start(T + 1), token(T);
@@ -595,11 +846,19 @@ float gradient_norm(Model& m, float clip) {
   to_host(&norm, m.norm, 1);
   return norm;
 }
+// The states of a parameter that AdamW keeps.
+AdamState adam_state(const Model& m, const Param& p) {
+  return {m.adam, m.m + p.offset * state_bytes(m.adam.m), m.v + p.offset * state_bytes(m.adam.v), m.adam.m == StateFormat::fp8 ? m.m_scale + p.block_offset * state_scale_bytes(m.adam) : nullptr};
+}
+// The copy of a matrix that the GEMMs read, where it is not the master itself.
+floatX* work_copy(const Param& p) { return p.cols > 1 && sizeof(floatX) == 2 ? p.weight->work : nullptr; }
 // AdamW on every parameter; step counts from 1. Uses the clip scale that gradient_norm() left on the device.
 void update(Model& m, AdamW adamw, float weight_decay) {
-  for (const Param& p : m.params) {
+  constexpr uint32_t kStream = 0xA0000000;                      // streams of the linear layers begin at 0, fresh signs at 0x80000000
+  for (size_t i = 0; i < m.params.size(); i++) {
+    const Param& p = m.params[i];
     adamw.weight_decay = p.decay ? weight_decay : 0;
-    adamw_update(p.weight->master, p.cols > 1 && sizeof(floatX) == 2 ? p.weight->work : nullptr, m.m + p.offset, m.v + p.offset, p.weight->grad, m.norm + 1, p.size(), adamw);
+    adamw_update(p.weight->master, work_copy(p), adam_state(m, p), p.weight->grad, m.norm + 1, p.size(), adamw, {m.seed, (uint32_t)adamw.step, kStream + (uint32_t)i});
   }
 }
 
@@ -614,6 +873,247 @@ double accumulate_gradients(Model& m, int B, int S, int micro_batches, uint32_t 
     backward(m, B, S, first_micro_step + i);
   }
   return sum / ((double)B * S * micro_batches);
+}
+
+// =====================================================================================================================================
+// Control: what watches over training, and changes it late
+
+// control.csv: a line an event: step, what, value. A resumed run keeps the lines up to its step.
+struct EventLog {
+  std::string path;
+  EventLog(const std::string& path_, int resume_step) : path(path_) {
+    std::string kept = "step,what,value\n";
+    if (FILE* old = resume_step > 0 ? fopen(path.c_str(), "r") : nullptr) {
+      char line[512];
+      while (fgets(line, sizeof line, old)) if (line[0] >= '0' && line[0] <= '9' && strchr(line, '\n') && atoi(line) <= resume_step) kept += line;
+      fclose(old);
+    }
+    if (kept.find('\n') + 1 < kept.size() || is_file(path)) write_file_atomic(path, kept);
+  }
+  static bool is_file(const std::string& path) { return access(path.c_str(), F_OK) == 0; }
+  void line(int step, const std::string& what, double value) {                   // the file appears with its first line
+    const bool fresh = !is_file(path);
+    FILE* f = fopen(path.c_str(), "a");
+    if (!f || (fresh && fprintf(f, "step,what,value\n") < 0) || fprintf(f, "%d,%s,%.8g\n", step, what.c_str(), value) < 0 || fclose(f))
+      die("cannot write %s: %s", path.c_str(), strerror(errno));
+  }
+};
+
+// ------------------------------------------------------------------ oscillation
+// One watched matrix as the detector sees it: the coordinates in which the forward pass rounds. OutControl: its FP4 columns alone. A recipe
+// that rotates W: the rotated W.
+struct WatchedView { int rows, cols; const int* columns; int rht; size_t size() const { return (size_t)rows * cols; } };
+WatchedView watched_view(const Model& m, const Param& p) {
+  int which = 0;
+  while (p.weight != &m.layers[p.block].linear(which)) which++;
+  const OperandRecipe& w = m.recipe.fprop.w;
+  if (!m.control.chosen) return {p.rows, p.cols, nullptr, w.rht};
+  const OutlierLayer& o = m.control.columns[p.block][which];
+  return {p.rows, o.K - o.fp8, o.fp8 ? o.columns : nullptr, w.rht};
+}
+void view_of(const Model& m, float* out, float* scratch, const Param& p) {
+  const WatchedView v = watched_view(m, p);
+  if (v.columns) gather_columns(out, p.weight->master, v.columns, v.rows, v.cols, p.cols);
+  else device_copy(out, p.weight->master, v.size());
+  if (v.rht) rotate_rows(out, scratch, v.rows, v.cols, v.rht);
+}
+void free_window(Model& m) {
+  Control::Open& o = m.control.open;
+  if (!o.prev) return;
+  device_sync();
+  for (float* p : {o.prev, o.dist_q, o.dist_w, o.w, o.q, o.q_prev, o.grid.outer, o.grid.amax}) device_free(p);
+  device_free(o.grid.codes); device_free(o.grid.scales); device_free(o.grid.groups); device_free(o.counts);
+  o = {};
+}
+void open_window(Model& m) {
+  Control::Open& o = m.control.open;
+  free_window(m);
+  for (float** p : {&o.prev, &o.dist_q, &o.dist_w}) { *p = device_alloc<float>(m.control.watched); device_zero(*p, m.control.watched); }
+  for (float** p : {&o.w, &o.q, &o.q_prev}) *p = device_alloc<float>(largest_watched(m));
+  const PackedGrid most = largest_grid(m);
+  o.grid = {device_alloc<uint8_t>(most.bytes.codes), device_alloc<uint8_t>(most.bytes.scales), device_alloc<float>(most.bytes.outer / 4), device_alloc<float>(1), device_alloc<uint32_t>(most.groups)};
+  o.counts = device_alloc<OsciCounts>(1);
+}
+// After the update that finished step `step` (1 for the first). What it found goes to the terminal and to control.csv.
+void oscillation_step(Model& m, int step, EventLog* log) {
+  Control& c = m.control;
+  if (c.oscillation == "q-ema") {
+    for (const Param& p : m.params) if (p.watched) weight_average(c.average + p.weight->watch_offset, rounding_coordinates(m, p), c.ema, p.size());
+    return;
+  }
+  if (c.oscillation != "osci-reset" && c.oscillation != "q-ramping") return;
+  if (c.switched && c.late.fprop.w.format == Format::bf16) { free_window(m); return; }        // no grid any more
+  const WindowPhase phase = window_phase(c.window, step);
+  if (phase == WindowPhase::none) return;
+  if (phase == WindowPhase::open) {
+    open_window(m);
+    for (const Param& p : m.params) if (p.watched) view_of(m, c.open.prev + p.weight->watch_offset, c.open.q, p);
+    return;
+  }
+  if (!c.open.prev) return;                                     // resumed or switched in the middle without its state: waits for the next window
+  const Control::Open& s = c.open;
+  device_zero(s.counts, 1);
+  double elements = 0;
+  for (const Param& p : m.params) {
+    if (!p.watched) continue;
+    const WatchedView v = watched_view(m, p);
+    float *prev = c.open.prev + p.weight->watch_offset, *dist_q = c.open.dist_q + p.weight->watch_offset, *dist_w = c.open.dist_w + p.weight->watch_offset;
+    elements += v.size();
+    if (phase == WindowPhase::finish && c.oscillation == "q-ramping") {
+      ramp_periods(c.ramp.period + p.weight->watch_offset, &s.counts->oscillating, dist_q, dist_w, c.ramp_most, v.size());
+      continue;
+    }
+    view_of(m, s.w, s.q, p);
+    quantized_weight(s.q, s.w, v.rows, v.cols, m.recipe.fprop.w, s.grid);
+    if (phase == WindowPhase::watch) {
+      quantized_weight(s.q_prev, prev, v.rows, v.cols, m.recipe.fprop.w, s.grid);
+      watch(prev, dist_q, dist_w, s.w, s.q, s.q_prev, v.size());
+      continue;
+    }
+    if (v.rht) {                                                // W += (change in the rotated coordinates) rotated back
+      osci_reset<true>(s.counts, s.w, s.q, dist_q, dist_w, c.tau, v.size());
+      rotate_rows(s.w, s.q_prev, v.rows, v.cols, v.rht);
+      if (v.columns) { gather_columns(s.q, p.weight->master, v.columns, v.rows, v.cols, p.cols); add_changes(s.q, s.w, v.size()); scatter_columns(p.weight->master, s.q, v.columns, v.rows, v.cols, p.cols); }
+      else add_changes(p.weight->master, s.w, v.size());
+    } else {
+      osci_reset<false>(s.counts, s.w, s.q, dist_q, dist_w, c.tau, v.size());
+      if (v.columns) scatter_columns(p.weight->master, s.w, v.columns, v.rows, v.cols, p.cols);
+      else device_copy(p.weight->master, s.w, v.size());
+    }
+    if (work_copy(p)) round_copy(work_copy(p), p.weight->master, p.size());
+  }
+  if (phase == WindowPhase::finish) {
+    OsciCounts n;
+    to_host(&n, s.counts, 1);
+    free_window(m);
+    if (c.oscillation == "q-ramping") {
+      printf("step %5d  Q-Ramping: %.3f %% of %.0f weights take longer steps from now on\n", step, 100 * n.oscillating / elements, elements);
+      if (log) log->line(step, "ramp_share", n.oscillating / elements);
+    } else {
+      printf("step %5d  OsciReset: of %.0f weights %.2f %% moved, %.2f %% changed their quantized value, %.3f %% oscillate, %.3f %% were reset\n", step, elements, 100 * n.moved / elements,
+             100 * n.flipped / elements, 100 * n.oscillating / elements, 100 * n.reset / elements);
+      if (log) { log->line(step, "osci_moved", n.moved / elements); log->line(step, "osci_flipped", n.flipped / elements); log->line(step, "osci_oscillating", n.oscillating / elements); log->line(step, "osci_reset", n.reset / elements); }
+    }
+  }
+}
+
+// ------------------------------------------------------------------ OutControl
+// After the last step that summed norms: chooses the columns of every layer.
+void choose_outliers(Model& m, int step, EventLog* log) {
+  Control& c = m.control;
+  double fp8 = 0, all = 0;
+  std::string limited;
+  for (int l = 0; l < m.config.layers; l++) for (OutlierLayer& o : c.columns[l]) {
+    if (o.K == 0) continue;
+    std::vector<float> sums(o.K);
+    to_host(sums.data(), o.sums, o.K);
+    const std::vector<int> order = outlier_order(sums, o.fp8, c.sorted);
+    to_device(o.columns, order.data(), o.K);
+    device_sync();
+    fp8 += o.fp8; all += o.K;
+  }
+  c.chosen = true;
+  printf("step %5d  OutControl: %.1f %% of the input channels from now on in MXFP8\n", step, 100 * fp8 / all);
+  if (log) log->line(step, "outlier_share", fp8 / all);
+}
+
+// ------------------------------------------------------------------ precision late in training
+// The recipe with one pass in BF16. What started from the forward pass's quantized value then starts from the original.
+Recipe late_recipe(Recipe r, const std::string& what) {
+  if (what != "backward") r = without_forward(r);
+  if (what != "forward") r = without_backward(r);
+  return r;
+}
+// fqt's monitor, |g| / (sigma_q sqrt d) over the d weights of the quantized layers: g is a step's gradient with the backward pass in BF16,
+// sigma_q sqrt d the norm of its difference from the same step's quantized gradient. First half: after the pass in BF16; second: after the other.
+void keep_clean_gradient(Model& m) {
+  device_zero(m.control.clean, m.control.watched);
+  for (const Param& p : m.params) if (p.watched) device_copy(m.control.clean + p.weight->watch_offset, p.weight->grad, p.size());
+}
+double gradient_over_noise(Model& m) {
+  const size_t n = m.control.watched;
+  float clean, noise;
+  grad_norm(m.norm, m.control.clean, n, 0, m.reduce);
+  to_host(&clean, m.norm, 1);
+  for (const Param& p : m.params) if (p.watched) subtract(m.control.clean + p.weight->watch_offset, p.weight->grad, p.size());
+  grad_norm(m.norm, m.control.clean, n, 0, m.reduce);
+  to_host(&noise, m.norm, 1);
+  return (double)clean / noise;
+}
+
+// ------------------------------------------------------------------ from the options
+// What the command line and the recipe's row ask for. Call it before make_params. A row's own wish that a run is too short for is left out,
+// with a note; one of the command line is an error.
+void configure_control(Model& m, Options& o) {
+  Control& c = m.control;
+  auto format = [](const std::string& name) { return name == "fp8" ? StateFormat::fp8 : name == "bf16" ? StateFormat::bf16 : StateFormat::fp32; };
+  m.adam = {format(o.adam_m), format(o.adam_v), o.adam_scale == "e8m0"};
+  c.oscillation = o.oscillation.empty() ? m.recipe.oscillation : o.oscillation;
+  c.outliers = o.outliers.empty() ? m.recipe.outliers : o.outliers;
+  c.late = late_recipe(m.recipe, o.bf16_what);
+  c.may_switch = o.bf16_from < 1 || o.bf16_trigger == "fqt";
+  c.monitor = o.fqt_every > 0;
+  c.tau = o.osci_tau; c.ema = o.ema; c.ramp_most = o.ramp_most;
+  c.outlier_fraction = o.outlier_fraction; c.sorted = o.outlier_order == "sorted";
+  std::string oscillation, outliers;                            // what is wrong
+  const OperandRecipe& w = m.recipe.fprop.w;
+  const bool grid = is_fp4(w.format) && w.rounding == Rounding::nearest && (w.rht == 0 || w.signs == Signs::none);
+  if (c.oscillation != "none" && !grid)
+    oscillation = c.oscillation + ": needs an FP4 grid that stays in place: the recipe's fprop.w in FP4, rounded to nearest, without random signs; it is " + operand_word(w);
+  if (c.oscillation != "none" && oscillation.empty() && w.rht) {                     // the grid lies in rotated coordinates
+    for (const LayerShape& s : layer_shapes(m)) if (s.K % w.rht) oscillation = c.oscillation + ": the recipe rotates W in groups of " + std::to_string(w.rht) + ", which " + std::to_string(s.K) + " input channels do not divide into";
+    if (c.oscillation == "q-ema" && (c.outliers == "outcontrol" || !linear_needs_rotated(m.recipe))) oscillation = "q-ema: not with this recipe's rotation of W";
+  }
+  if (oscillation.empty() && (c.oscillation == "osci-reset" || c.oscillation == "q-ramping")) {
+    const bool ramp = c.oscillation == "q-ramping";
+    c.window.period = o.osci_period;
+    c.window.detect = o.osci_detect ? o.osci_detect : ramp ? 30 : 50;
+    c.window.start = o.osci_start >= 0 ? o.osci_start : round_up(ramp ? max(1, o.warmup) : (int)ceil(0.65 * o.steps), c.window.period);
+    if (!o.eval_only) oscillation = window_problem(c.window, o.warmup, o.steps, c.oscillation.c_str());
+  }
+  if (c.outliers == "outcontrol" && !m.recipe.quantizes()) outliers = "outcontrol: the recipe quantizes nothing";
+  if (c.outliers == "outcontrol" && !o.eval_only && o.outlier_start + o.outlier_steps > o.steps)
+    outliers = "outcontrol: the channels are chosen after step " + std::to_string(o.outlier_start + o.outlier_steps - 1) + ", but the run has " + std::to_string(o.steps) + "; lower --outlier-start or --outlier-steps";
+  if (outliers.empty() && oscillation.empty() && c.outliers == "outcontrol" && (c.oscillation == "osci-reset" || c.oscillation == "q-ramping") && c.window.start < o.outlier_start + o.outlier_steps)
+    oscillation = c.oscillation + ": --osci-start " + std::to_string(c.window.start) + " comes before outcontrol has chosen its channels, after step " + std::to_string(o.outlier_start + o.outlier_steps - 1) + "; the grid would change under the window";
+  if (c.outliers == "occ" && (!is_fp4(m.recipe.fprop.x.format))) outliers = "occ: needs fprop.x in FP4 and a quantile; set the recipe's field occ, such as --set occ=0.99";
+  auto settle = [](const char* option, const std::string& problem, const std::string& asked, std::string* name) {
+    if (problem.empty()) return;
+    if (!asked.empty()) die_usage("--%s %s", option, problem.c_str());
+    printf("note: %s. Left out\n", problem.c_str());
+    *name = "none";
+  };
+  settle("oscillation", oscillation, o.oscillation, &c.oscillation);
+  settle("outliers", outliers, o.outliers, &c.outliers);
+}
+// In words: how a run is watched over. Empty if it is not.
+std::string control_text(const Model& m, const Options& o) {
+  const Control& c = m.control;
+  char s[256];
+  std::string text;
+  if (c.oscillation == "osci-reset") { snprintf(s, sizeof s, " osci-reset: from step %d, every %d, over %d, tau %g;", c.window.start, c.window.period, c.window.detect, c.tau); text += s; }
+  if (c.oscillation == "q-ramping") { snprintf(s, sizeof s, " q-ramping: from step %d, every %d, over %d, at most %d steps;", c.window.start, c.window.period, c.window.detect, c.ramp_most); text += s; }
+  if (c.oscillation == "q-ema") { snprintf(s, sizeof s, " q-ema: decay %g;", c.ema); text += s; }
+  if (c.outliers == "occ") { snprintf(s, sizeof s, " occ: quantile %g;", m.recipe.occ); text += s; }
+  if (c.outliers == "outcontrol") {
+    snprintf(s, sizeof s, " outcontrol: norms of steps %d to %d, %s;", o.outlier_start, o.outlier_start + o.outlier_steps - 1, c.sorted ? "sorted" : "in memory's order");
+    text += s;
+    const char* names[4] = {"qkv", "out", "up", "down"};
+    for (int i = 0; i < 4; i++) {
+      int multiple;
+      const int K = layer_shapes(m)[i].K, n = outlier_columns(K, c.outlier_fraction, &multiple);
+      snprintf(s, sizeof s, " %s %d of %d%s", names[i], n, K, n == 0 ? " (too few channels: none)" : multiple < 128 ? (" (rounded up to " + std::to_string(multiple) + ", not 128, which would be half or more)").c_str() : "");
+      text += s;
+    }
+    text += ";";
+  }
+  if (o.bf16_trigger == "fqt" || o.bf16_from < 1) {
+    snprintf(s, sizeof s, " BF16 %s: %s;", o.bf16_what.c_str(), o.bf16_trigger == "fqt" ? "when the gradient sinks into its quantization noise" : ("from step " + std::to_string((int)ceil(o.bf16_from * o.steps)) + " on").c_str());
+    text += s;
+  }
+  if (!m.adam.all_fp32()) { snprintf(s, sizeof s, " AdamW m %s%s, v %s;", o.adam_m.c_str(), m.adam.m == StateFormat::fp8 && m.adam.e8m0 ? " with E8M0 scales" : "", o.adam_v.c_str()); text += s; }
+  if (!text.empty()) text.pop_back();
+  return text;
 }
 
 // =====================================================================================================================================
@@ -657,10 +1157,50 @@ void load_weights(Model& m, const std::string& directory) {
     }
     set_param(p, all.data());
   }
+  begin_average(m);
 }
 
 // What a resumed run needs besides the weights.
-struct RunState { int step = 0; long long sequences = 0; };
+struct RunState {
+  int step = 0;
+  long long sequences = 0;
+  int switched_at = -1;                // the step after which fqt's monitor asked for BF16; -1: not yet
+};
+
+// Everything of trainer_state.safetensors that lies on the device, in its own format: what is written, and read back, bit for bit.
+struct StateTensor {
+  std::string name, dtype;
+  std::vector<int64_t> shape;
+  void* data;
+  size_t bytes() const { return (size_t)shape_elements(shape) * dtype_bits(dtype) / 8; }
+};
+std::vector<StateTensor> state_tensors(const Model& m) {
+  std::vector<StateTensor> all;
+  auto dtype = [](StateFormat f) { return f == StateFormat::fp32 ? "F32" : f == StateFormat::bf16 ? "BF16" : "F8_E4M3"; };
+  const Control& c = m.control;
+  for (const Param& p : m.params) {
+    if (!m.training) continue;
+    const AdamState s = adam_state(m, p);
+    all.push_back({"m." + p.name, dtype(m.adam.m), {p.rows, p.cols}, s.m});
+    if (s.m_scale) all.push_back({"m_scale." + p.name, m.adam.e8m0 ? "F8_E8M0" : "F32", {(int64_t)state_blocks(p.size())}, s.m_scale});
+    all.push_back({"v." + p.name, dtype(m.adam.v), {p.rows, p.cols}, s.v});
+  }
+  for (const Param& p : m.params) {
+    if (!p.watched) continue;
+    auto floats = [&](const char* what, float* from) { if (from) all.push_back({what + p.name, "F32", {p.rows, p.cols}, from + p.weight->watch_offset}); };
+    auto bytes = [&](const char* what, uint8_t* from) { if (from) all.push_back({what + p.name, "U8", {p.rows, p.cols}, from + p.weight->watch_offset}); };
+    floats("window.prev.", c.open.prev); floats("window.dist_q.", c.open.dist_q); floats("window.dist_w.", c.open.dist_w);
+    floats("ramp.sum.", c.ramp.sum); bytes("ramp.count.", c.ramp.count); bytes("ramp.period.", c.ramp.period);
+    floats("average.", c.average);
+  }
+  for (size_t l = 0; l < c.columns.size(); l++) for (int i = 0; i < 4; i++) {
+    const OutlierLayer& o = c.columns[l][i];
+    const std::string name = "block" + std::to_string(l) + "." + std::to_string(i);
+    if (o.K && c.chosen) all.push_back({"outlier.columns." + name, "I32", {o.K}, o.columns});
+    if (o.K && !c.chosen) all.push_back({"outlier.sums." + name, "F32", {o.K}, o.sums});
+  }
+  return all;
+}
 
 void save_checkpoint(const Model& m, const Options& o, const RunState& state, const std::string& run_recipe) {
   AtomicDirectory dir(step_directory(o.out, state.step));
@@ -670,11 +1210,15 @@ void save_checkpoint(const Model& m, const Options& o, const RunState& state, co
   w.metadata["sequences"] = std::to_string(state.sequences);
   w.metadata["seed"] = std::to_string(o.seed);
   w.metadata["recipe"] = run_recipe;
-  for (const Param& p : m.params) for (const char* which : {"m.", "v."}) w.declare(which + p.name, "F32", {p.rows, p.cols});
-  for (const Param& p : m.params) for (const float* from : {m.m, m.v}) {
-    std::vector<float> x(p.size());
-    to_host(x.data(), from + p.offset, x.size());
-    w.write_f32(x.data(), x.size());
+  w.metadata["switched_at"] = std::to_string(state.switched_at);
+  w.metadata["window"] = m.control.open.prev ? "open" : "none";
+  w.metadata["outliers"] = m.control.outliers != "outcontrol" ? "none" : m.control.chosen ? "chosen" : "sums";
+  const std::vector<StateTensor> tensors = state_tensors(m);
+  for (const StateTensor& t : tensors) w.declare(t.name, t.dtype, t.shape);
+  for (const StateTensor& t : tensors) {
+    std::vector<char> x(t.bytes());
+    to_host(x.data(), (const char*)t.data, x.size());
+    w.write(x.data(), x.size());
   }
   w.finish();
   dir.commit();
@@ -693,13 +1237,21 @@ RunState load_checkpoint(Model& m, const Options& o, const std::string& director
   };
   if (number("seed") != o.seed) die("%s was trained with --seed %lld; give the same, or start another run", directory.c_str(), number("seed"));
   if (r.metadata["recipe"] != run_recipe) printf("note: the recipe changes here; the checkpoint was trained with: %s\n", r.metadata["recipe"].c_str());
-  for (const Param& p : m.params) for (bool second : {false, true}) {
-    std::vector<float> x(p.size());
-    r.read_f32((second ? "v." : "m.") + p.name, {p.rows, p.cols}, x.data());
-    to_device((second ? m.v : m.m) + p.offset, x.data(), x.size());
+  // Which states there are follows from the step and the options: the window open in the checkpoint must be one of this run.
+  const int step = (int)number("step");
+  Control& c = m.control;
+  c.chosen = c.outliers == "outcontrol" && r.metadata["outliers"] == "chosen";
+  const bool windows = c.oscillation == "osci-reset" || c.oscillation == "q-ramping", want_open = m.training && windows && window_is_open(c.window, step) && step > 0;
+  if (want_open && r.metadata["window"] == "open") open_window(m);
+  else if (want_open) printf("note: %s was saved outside of any window of %s; the first one of this run begins with the next period\n", directory.c_str(), c.oscillation.c_str());
+  for (const StateTensor& t : state_tensors(m)) {
+    if (!r.has(t.name)) die("%s/trainer_state.safetensors has no '%s', which these options need; resume with the options of the run", directory.c_str(), t.name.c_str());
+    std::vector<char> x(t.bytes());
+    r.read_raw(t.name, t.dtype.c_str(), t.shape, x.data());
+    to_device((char*)t.data, x.data(), x.size());
     device_sync();
   }
-  return {(int)number("step"), number("sequences")};
+  return {step, number("sequences"), r.metadata["switched_at"].empty() ? -1 : (int)number("switched_at")};
 }
 
 // =====================================================================================================================================
@@ -818,6 +1370,22 @@ double validate(Model& m, const DataLoader& data, int batches, long long* counte
   return sum / (double)n;
 }
 
+// Is it time for BF16? By the step, or because fqt's monitor said so.
+void choose_precision(Model& m, const Options& o, const RunState& state, EventLog* log) {
+  const double at = o.bf16_trigger == "fqt" ? state.switched_at : o.bf16_from < 1 ? ceil(o.bf16_from * o.steps) : -1;
+  m.control.switched = at >= 0 && state.step >= at;
+  if (state.step != at) return;
+  printf("step %5d  from now on %s in BF16\n", state.step, o.bf16_what == "all" ? "all passes" : ("the " + o.bf16_what + " pass").c_str());
+  if (log) log->line(state.step, "bf16_" + o.bf16_what, 1);
+}
+void watch_noise(Model& m, const Options& o, RunState& state, EventLog* log) {
+  constexpr double kThreshold = 1.7320508;          // sqrt(3): arXiv 2505.19115
+  const double ratio = gradient_over_noise(m);
+  printf("step %5d  gradient over quantization noise %.3f\n", state.step, ratio);
+  if (log) log->line(state.step, "gradient_over_noise", ratio);
+  if (o.bf16_trigger == "fqt" && ratio < kThreshold) state.switched_at = state.step + 1;
+}
+
 volatile sig_atomic_t interrupted = 0;
 void on_interrupt(int) { interrupted = 1; }
 
@@ -863,6 +1431,7 @@ void train(Model& m, Options& o, const DataLoader& train_data, const DataLoader&
   const bool terminal = isatty(1);
   const std::string run_recipe = recipe_text(m);
   LogFile log(o.out + "/log.csv", state.step);
+  EventLog events(o.out + "/control.csv", state.step);
   signal(SIGINT, on_interrupt);
   signal(SIGTERM, on_interrupt);
   std::vector<int> inputs((size_t)o.batch * o.seq), targets(inputs.size());
@@ -871,10 +1440,19 @@ void train(Model& m, Options& o, const DataLoader& train_data, const DataLoader&
   if (state.step == 0) printf("step %5d/%d  val loss %.4f  (untrained)\n", 0, o.steps, validate(m, val_data, o.val_batches));
   while (state.step < o.steps && !interrupted) {
     const auto start = std::chrono::steady_clock::now();
-    const double loss = accumulate_gradients(m, o.batch, o.seq, micro_batches, (uint32_t)state.step * micro_batches, [&](int i) {
-      train_data.load_shuffled(state.sequences + (long long)i * o.batch, o.batch, inputs.data(), targets.data());
-      load_batch(m, inputs.data(), targets.data(), o.batch, o.seq);
-    });
+    auto gradients = [&] {
+      return accumulate_gradients(m, o.batch, o.seq, micro_batches, (uint32_t)state.step * micro_batches, [&](int i) {
+        train_data.load_shuffled(state.sequences + (long long)i * o.batch, o.batch, inputs.data(), targets.data());
+        load_batch(m, inputs.data(), targets.data(), o.batch, o.seq);
+      });
+    };
+    choose_precision(m, o, state, &events);
+    const bool monitored = o.fqt_every && state.step % o.fqt_every == 0 && !m.control.switched;
+    if (monitored) { const Recipe recipe = m.recipe; m.recipe = without_backward(recipe); gradients(); m.recipe = recipe; keep_clean_gradient(m); }
+    m.control.collecting = m.control.outliers == "outcontrol" && !m.control.chosen && state.step + 1 >= o.outlier_start;
+    const double loss = gradients();
+    m.control.collecting = false;
+    if (monitored) watch_noise(m, o, state, &events);
     const float norm = gradient_norm(m, o.clip), lr = learning_rate(o, state.step);
     if (!std::isfinite(loss) || !std::isfinite(norm))
       die("step %d: the loss is %g and the gradient norm %g; nothing was updated. Lower --lr, or go on from the last checkpoint in %s with another --recipe", state.step + 1, loss, norm, o.out.c_str());
@@ -882,6 +1460,8 @@ void train(Model& m, Options& o, const DataLoader& train_data, const DataLoader&
     device_sync();
     state.step++;
     state.sequences += (long long)micro_batches * o.batch;
+    if (m.control.outliers == "outcontrol" && !m.control.chosen && state.step >= o.outlier_start + o.outlier_steps - 1) choose_outliers(m, state.step, &events);
+    oscillation_step(m, state.step, &events);
 
     const double ms = std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
     ms_mean = ms_mean == 0 ? ms : 0.9 * ms_mean + 0.1 * ms;
@@ -961,6 +1541,7 @@ int main(int argc, char** argv) {
   m.B = o.batch; m.S = o.seq; m.seed = (uint64_t)o.seed; m.z_loss = o.z_loss;
   m.V = round_up(m.config.vocab, 128);
   m.training = !o.eval_only;
+  configure_control(m, o);
   make_params(m);
 
   std::string machine;
@@ -972,6 +1553,8 @@ int main(int argc, char** argv) {
   printf("model    %s: %zu parameters, %d blocks, %d channels, %d heads (%d key/value) of %d, MLP %d, vocabulary %d%s\n", m.config.llama ? "Llama" : "GPT-2", count, m.config.layers,
          m.config.channels, m.config.heads, m.config.kv_heads, m.config.head_dim, m.config.ffn, m.config.vocab, weights.empty() ? "" : (", from " + weights).c_str());
   printf("recipe   %s\n", recipe_text(m).c_str());
+  const std::string control = control_text(m, o);
+  if (!control.empty()) printf("control %s\n", control.c_str());
   printf("data     %lld tokens to train on, %lld to validate on; %d sequences of %d tokens a step\n", (long long)train_data.tokens(), (long long)val_data.tokens(), o.total_batch / o.seq, o.seq);
   allocate_model(m, true);
   fflush(stdout);
@@ -992,7 +1575,7 @@ int main(int argc, char** argv) {
   make_directories(o.out);
   std::string command;
   for (int i = 0; i < argc; i++) command += std::string(i ? " " : "") + argv[i];
-  write_file_atomic(o.out + "/command.txt", command + "\n" + recipe_text(m) + "\n");
+  write_file_atomic(o.out + "/command.txt", command + "\n" + recipe_text(m) + "\n" + (control.empty() ? "" : "control:" + control + "\n"));
   train(m, o, train_data, val_data, tokenizer.get(), state, limit);
   return 0;
 }

@@ -8,10 +8,20 @@
 //         in this order, which is torch.optim.AdamW's; then copy = w rounded to floatX, the weights that the next forward pass reads.
 //         norm = sqrt(sum of grad^2), clip scale = min(1, clip / (norm + 1e-6)): torch.nn.utils.clip_grad_norm_'s.
 // Shapes  flat arrays of n elements, all FP32 but the copy. grad_scale stays on the device: the host need not wait for the norm.
-// Source  Loshchilov and Hutter, arXiv 1711.05101.
-// Cost    adamw: reads 16 and writes 14 bytes an element (with a BF16 copy). grad_norm: reads 4.
-// Error   FP32. The norm: FP32 sums of n/4096 squares by each of 4 x kLanes chains, the 4096 sums added in double; fixed order.
+// States  m and v may be kept smaller: m in BF16, or in E4M3 with one scale (FP32, or a power of two in E8M0) for 128 elements; v in BF16.
+//         The arithmetic stays FP32. What is stored is rounded stochastically: a step changes v by (1 - beta2) of itself at most, less than
+//         half a unit in the last place of BF16 for beta2 > .996, and rounding to nearest would then never move it.
+//         Bytes of m + v an element: 8 (FP32), 6 (m BF16), 4 (both BF16), 5.03 (m FP8, v FP32), 3.03 (m FP8, v BF16; 3.01 with E8M0).
+// Ramp    Q-Ramping (oscillation.cuh): an element of period n sums its gradient over n steps, then takes one step with their mean and n times
+//         the learning rate; between, its w, m and v rest.
+// Source  Loshchilov and Hutter, arXiv 1711.05101. Formats: m FP8 and v 16 bits as in Wang et al., arXiv 2501.17116 (from Peng et al., FP8-LM,
+//         arXiv 2310.18313; their v is FP16 and both round to nearest). Ramping: TetraJet, arXiv 2502.20853.
+// Cost    adamw: reads 16 and writes 14 bytes an element (with a BF16 copy); m FP8 and v BF16: 11 and 9. grad_norm: reads 4.
+// Error   FP32. BF16 states: unbiased, at most 2^-7 of the value an update. FP8: unbiased, at most 2^-3 of the value or 2^-9 / 448 of the
+//         block's maximum. The norm: FP32 sums of n/4096 squares by each of 4 x kLanes chains, the 4096 sums added in double; fixed order.
 #pragma once
+#include "formats.cuh"
+#include "philox.cuh"
 #include "rows.cuh"
 
 struct AdamW {
@@ -47,15 +57,145 @@ __global__ void adamw_kernel(float* __restrict__ master, floatX* __restrict__ co
     }
   }
 }
+inline AdamWFactors adamw_factors(AdamW o) {
+  const double bias1 = 1 - pow((double)o.beta1, o.step), bias2 = 1 - pow((double)o.beta2, o.step);
+  return {(float)(1 - (double)o.lr * o.weight_decay), (float)(1 - (double)o.beta1), o.beta2, (float)(1 - (double)o.beta2), (float)(o.lr / bias1), (float)sqrt(bias2), o.eps};
+}
 // copy may be null. grad_scale: device scalar. n of any size.
 inline void adamw_update(float* master, floatX* copy, float* m, float* v, const float* grad, const float* grad_scale, size_t n, AdamW o) {
-  const double bias1 = 1 - pow((double)o.beta1, o.step), bias2 = 1 - pow((double)o.beta2, o.step);
-  const AdamWFactors f = {(float)(1 - (double)o.lr * o.weight_decay), (float)(1 - (double)o.beta1), o.beta2, (float)(1 - (double)o.beta2),
-                          (float)(o.lr / bias1), (float)sqrt(bias2), o.eps};
+  const AdamWFactors f = adamw_factors(o);
   constexpr int kVec = kOnCpu ? 1 : 4;    // as kMapVec
   const size_t body = n / kVec * kVec, rest = n - body;
   if (body) launch(adamw_kernel<kVec>, flat_grid(body, kVec), kFlatThreads, 0, master, copy, m, v, grad, grad_scale, body, f);
   if (rest) launch(adamw_kernel<1>, flat_grid(rest, 1), kFlatThreads, 0, master + body, copy ? copy + body : copy, m + body, v + body, grad + body, grad_scale, rest, f);
+}
+
+// ------------------------------------------------------------------ smaller states, and ramping
+enum class StateFormat { fp32, bf16, fp8 };
+struct AdamFormats {
+  StateFormat m = StateFormat::fp32, v = StateFormat::fp32;   // v: fp32 or bf16
+  bool e8m0 = false;                                          // the scales of an FP8 m: powers of two in a byte, instead of FP32
+  bool all_fp32() const { return m == StateFormat::fp32 && v == StateFormat::fp32; }
+};
+constexpr int kStateBlock = 128;          // elements that share a scale; one warp's work
+inline size_t state_bytes(StateFormat f) { return f == StateFormat::fp32 ? 4 : f == StateFormat::bf16 ? 2 : 1; }
+inline size_t state_blocks(size_t n) { return ceil_div(n, (size_t)kStateBlock); }
+inline size_t state_scale_bytes(AdamFormats f) { return f.m != StateFormat::fp8 ? 0 : f.e8m0 ? 1 : 4; }   // a block
+
+// The states of one parameter. m_scale: [state_blocks(n)], FP8 only. All zero bytes: m = v = 0.
+struct AdamState { AdamFormats format; void *m = nullptr, *v = nullptr, *m_scale = nullptr; };
+// Of one parameter; [n] each. period 1: an ordinary step. Null: no ramping.
+struct Ramp { float* sum = nullptr; uint8_t *count = nullptr, *period = nullptr; };
+
+// Stochastic rounding to BF16: up with probability (dropped bits) / 2^16, r uniform in 0 .. 65535. Infinities and NaN stay.
+__host__ __device__ inline bf16 bf16_stochastic(float x, uint32_t r) {
+  const uint32_t bits = float_bits(x);
+  if ((bits & 0x7f800000u) == 0x7f800000u) return to_bf16(x);
+  return to_bf16(bits_float((bits + r) & 0xffff0000u));       // exact
+}
+// Stochastic rounding to E4M3, saturating at 448: between the neighbours lo and lo + step, up with probability (|x| - lo) / step, in units
+// of 2^-16. The distance to lo is exact in FP32: a step is a power of two.
+__host__ __device__ inline uint8_t e4m3_stochastic(float x, uint32_t r) {
+  const float a = fabsf(x);
+  if (!(a < kE4M3Max)) return e4m3_encode(x);                                        // saturates; NaN stays
+  const int exponent = (int)(float_bits(a) >> 23) - 127;
+  const float step = bits_float((uint32_t)((exponent < -6 ? -6 : exponent) - 3 + 127) << 23);
+  const float steps = a / step, lo = floorf(steps);
+  const float rounded = (lo + (((float)(2 * r + 1) * 0x1p-17f) < steps - lo ? 1.0f : 0.0f)) * step;
+  return e4m3_encode(bits_float(float_bits(rounded) | (float_bits(x) & 0x80000000u)));
+}
+template <StateFormat kFormat> __device__ inline float state_load(const void* p, size_t i, float scale) {
+  if (kFormat == StateFormat::fp32) return ((const float*)p)[i];
+  if (kFormat == StateFormat::bf16) return to_float(((const bf16*)p)[i]);
+  return e4m3_decode(((const uint8_t*)p)[i]) * scale;
+}
+template <StateFormat kFormat> __device__ inline void state_store(void* p, size_t i, float x, float scale, uint32_t r) {
+  if (kFormat == StateFormat::fp32) ((float*)p)[i] = x;
+  else if (kFormat == StateFormat::bf16) ((bf16*)p)[i] = bf16_stochastic(x, r);
+  else ((uint8_t*)p)[i] = scale == 0 ? (x != x ? 0x7f : 0) : e4m3_stochastic(x / scale, r);
+}
+
+// kLanes threads share a block of 128 elements, four neighbours at a time. Random numbers: element i of the parameter takes word i % 4 of
+// Philox block i / 4, the lower half for m, the upper for v; key.stream names the parameter.
+template <int kLanes, StateFormat kM, StateFormat kV, bool kRamp>
+__global__ void adamw_state_kernel(float* master, floatX* copy, AdamState s, const float* grad, const float* grad_scale, size_t n, AdamWFactors f, RandomKey key, Ramp ramp) {
+  constexpr int kEach = kStateBlock / kLanes;
+  const size_t block = (size_t)row_index<kLanes>(), first = block * kStateBlock + row_lane<kLanes>() * 4;
+  auto element = [=](int j) { return first + j / 4 * (4 * kLanes) + j % 4; };
+  if (block * kStateBlock >= n) return;                       // the same for all lanes of a block
+  const float clip = *grad_scale;
+  float scale = 1;
+  if (kM == StateFormat::fp8) scale = s.format.e8m0 ? e8m0_decode(((const uint8_t*)s.m_scale)[block]) : ((const float*)s.m_scale)[block];
+  float m1[kEach];
+  uint32_t random[kEach];
+  bool rests[kEach];
+  float amax = 0;
+  uint4 words = {};
+  for (int j = 0; j < kEach; j++) {
+    const size_t i = element(j);
+    m1[j] = 0; random[j] = 0; rests[j] = true;
+    if (i >= n) continue;
+    float g = grad[i] * clip, times = 1;
+    m1[j] = state_load<kM>(s.m, i, scale);
+    if (kM != StateFormat::fp32 || kV != StateFormat::fp32) {
+      if (j % 4 == 0) words = random_block(key, i / 4);
+      random[j] = j % 4 == 0 ? words.x : j % 4 == 1 ? words.y : j % 4 == 2 ? words.z : words.w;
+    }
+    rests[j] = false;
+    if (kRamp) {
+      const int count = ramp.count[i] + 1;
+      if (count > 1) g += ramp.sum[i];
+      rests[j] = count < ramp.period[i];
+      ramp.sum[i] = rests[j] ? g : 0.0f;
+      ramp.count[i] = (uint8_t)(rests[j] ? count : 0);
+      times = (float)count;
+      if (count > 1) g /= times;
+    }
+    if (!rests[j]) {
+      float w = master[i], m2 = state_load<kV>(s.v, i, 1);
+      w *= times == 1 ? f.decay : 1 - times * (1 - f.decay);
+      m1[j] += f.one_minus_beta1 * (g - m1[j]);
+      m2 = f.beta2 * m2 + f.one_minus_beta2 * g * g;
+      w -= times * f.step_size * (m1[j] / (sqrtf(m2) / f.sqrt_bias2 + f.eps));
+      master[i] = w;
+      if (copy) copy[i] = from_float<floatX>(w);
+      state_store<kV>(s.v, i, m2, 1, random[j] >> 16);
+    }
+    amax = fmaxf(amax, fabsf(m1[j]));
+  }
+  float new_scale = 1;
+  if (kM == StateFormat::fp8) {                               // a resting element's m is rounded anew where its block's scale has changed
+    amax = lanes_max<kLanes>(amax);
+    new_scale = amax / kE4M3Max;
+    if (s.format.e8m0) {
+      const uint8_t byte = e8m0_encode_ceil(new_scale);
+      new_scale = e8m0_decode(byte);
+      if (row_lane<kLanes>() == 0) ((uint8_t*)s.m_scale)[block] = byte;
+    } else if (row_lane<kLanes>() == 0) ((float*)s.m_scale)[block] = new_scale;
+  }
+  for (int j = 0; j < kEach; j++) {
+    const size_t i = element(j);
+    if (i < n && (!rests[j] || (kM == StateFormat::fp8 && new_scale != scale))) state_store<kM>(s.m, i, m1[j], new_scale, random[j] & 0xffff);
+  }
+}
+
+// As adamw_update above, for states of any format, and with ramping. key: seed, optimizer step, a stream of this parameter alone.
+template <int kLanes = kRowLanes>
+void adamw_update(float* master, floatX* copy, const AdamState& s, const float* grad, const float* grad_scale, size_t n, AdamW o, RandomKey key, Ramp ramp = {}) {
+  if (s.format.all_fp32() && !ramp.sum) { adamw_update(master, copy, (float*)s.m, (float*)s.v, grad, grad_scale, n, o); return; }
+  using F = StateFormat;
+  auto go = [&](auto m, auto v, auto ramped) {
+    launch(adamw_state_kernel<kLanes, m.value, v.value, ramped.value>, row_grid((int)state_blocks(n)), row_block<kLanes>(), 0, master, copy, s, grad, grad_scale, n, adamw_factors(o), key, ramp);
+  };
+  auto choose_ramp = [&](auto m, auto v) { if (ramp.sum) go(m, v, std::true_type{}); else go(m, v, std::false_type{}); };
+  auto choose_v = [&](auto m) {
+    if (s.format.v == F::bf16) choose_ramp(m, std::integral_constant<F, F::bf16>{});
+    else choose_ramp(m, std::integral_constant<F, F::fp32>{});
+  };
+  if (s.format.v == F::fp8) die("AdamW: v is kept in FP32 or BF16; its values span too much for FP8");
+  if (s.format.m == F::fp8) choose_v(std::integral_constant<F, F::fp8>{});
+  else if (s.format.m == F::bf16) choose_v(std::integral_constant<F, F::bf16>{});
+  else choose_v(std::integral_constant<F, F::fp32>{});
 }
 
 // ------------------------------------------------------------------ gradient norm
@@ -90,3 +230,9 @@ template <int kLanes = kRowLanes> void grad_norm(float* out, const float* grads,
   launch(sum_squares_kernel<kLanes>, row_grid(kNormSlots), row_block<kLanes>(), 0, scratch, grads, n, part);
   launch(finish_norm_kernel<kLanes>, 1, kLanes, 0, out, scratch, clip);
 }
+// a -= b. The norm of the difference of two gradients is their noise (the monitor of fqt, train_fp4.cu).
+__global__ void subtract_kernel(float* a, const float* b, size_t n) {
+  const size_t begin = flat_begin<1>(), end = min(begin + kFlatRun, n);
+  for (size_t i = begin; i < end; i++) a[i] -= b[i];
+}
+inline void subtract(float* a, const float* b, size_t n) { launch(subtract_kernel, flat_grid(n, 1), kFlatThreads, 0, a, b, n); }

@@ -3,8 +3,12 @@
 // X [T,K], W [N,K], Y [T,N], all row-major floatX; dW [N,K] FP32, accumulated. The three GEMMs and their six operands are those of
 // recipe.cuh. Each operand is either the tensor itself, or is quantized on the way into scratch memory that the next layer reuses:
 // row copies for fprop's X and W and dgrad's dY, column (transposed) copies for dgrad's W^T, wgrad's dY^T and X^T.
+//
+// What the forward leaves for the backward (LinearSaved): where dgrad.w or wgrad.x says `source forward`, the packed codes and scales of W or X: 4.5
+// bits an element instead of the 16 of X in BF16, which need not be kept; QuEST's masks, one bit an element; and the scales of W for DGE.
 // Biases, activations and residuals are other kernels' work.
 #pragma once
+#include "estimator.cuh"
 #include "gemm.cuh"
 #include "quantize.cuh"
 #include "recipe.cuh"
@@ -16,86 +20,186 @@ struct LinearKey {
   uint32_t layer = 0;                       // unique for every linear layer of the model
 };
 enum OperandIndex { kFpropX, kFpropW, kDgradDy, kDgradW, kWgradDy, kWgradX };
+inline RandomKey operand_key(LinearKey key, OperandIndex which) { return {key.seed, key.step, key.layer * 8 + (uint32_t)which}; }
+// The signs of a GEMM's rotation, the same for both operands; `first` is its operand 1.
+inline SignBits rotation_signs(const OperandRecipe& how, OperandIndex first, LinearKey key) {
+  SignBits s;
+  if (how.signs == Signs::none) return s;
+  if (how.signs == Signs::fixed && how.rht == 16) { s.word[0] = kFixedSigns; return s; }
+  RandomKey k = {0, 0, 0};                                                 // larger fixed rotations: any bits will do
+  if (how.signs == Signs::fresh) { k = operand_key(key, first); k.stream |= 0x80000000u; }
+  const uint4 r = random_block(k, 0);
+  s.word[0] = r.x | (uint64_t)r.y << 32;
+  s.word[1] = r.z | (uint64_t)r.w << 32;
+  return s;
+}
 
+// ------------------------------------------------------------------ memory
 // Scratch for the two quantized operands of the GEMM in flight.
 struct LinearScratch {
   floatX* values[2] = {};                   // each linear_scratch_elements(...) elements
-  uint32_t* tiles = nullptr;                // 16x16 blocks: one word a tile of the largest weight
+  uint32_t* tiles = nullptr;                // linear_tile_words(...): maxima of 16x16 tiles and other groups of blocks
   float* scalars = nullptr;                 // amax of operand 1, amax of operand 2, alpha
+  float* rotated = nullptr;                 // linear_scratch_elements(...), if linear_needs_rotated(recipe): an operand before rounding, or a
+                                            // gradient before un-rotation
 };
-// Elements that one quantized operand of a layer with these shapes may take.
+// Elements that one quantized operand of a layer with these shapes may take, whatever the size of its rotation.
 inline size_t linear_scratch_elements(int T, int K, int N) {
-  const size_t a = (size_t)T * operand_ld(K), b = (size_t)T * operand_ld(N), c = (size_t)K * operand_ld(T), d = (size_t)N * operand_ld(T);
-  const size_t e = (size_t)N * operand_ld(K), f = (size_t)K * operand_ld(N);
-  return max(max(max(a, b), max(c, d)), max(e, f));
-}
-inline size_t linear_tile_words(int T, int K, int N) {
-  const size_t t = ceil_div(T, 16), k = ceil_div(K, 16), n = ceil_div(N, 16);
+  const size_t t = round_up(T, 128), k = round_up(K, 128), n = round_up(N, 128);
   return max(max(t * k, t * n), n * k);
 }
+inline size_t linear_tile_words(int T, int K, int N) {
+  T = round_up(T, 128), K = round_up(K, 128), N = round_up(N, 128);        // a rotated operand has whole groups of columns, and its transpose of rows
+  return max(group_words(T, K), max(group_words(T, N), group_words(N, K)));
+}
+// Does an operand pass through FP32 scratch on its way (the gather pass of quantize.cuh), or a gradient (estimator.cuh)?
+inline bool linear_needs_rotated(Recipe r) {
+  bool needed = r.estimator.w != Estimator::ste || r.estimator.x != Estimator::ste;
+  for (auto& [name, o] : recipe_operands(r)) {
+    const bool in_registers = o->rht == 0 || (o->rht == 16 && o->format == Format::nvfp4);
+    needed |= o->format != Format::bf16 && (!in_registers || o->source == Source::forward || o->rounding == Rounding::eden128);
+  }
+  return needed;
+}
 
-// An operand ready for the GEMM.
-struct ReadyOperand { const floatX* data; int ld; bool transposed; const float* amax; };
+// What the forward pass leaves for the backward pass of one layer: packed operands. Allocated with want_linear_saved().
+struct LinearSaved { Operand4 x, w; };
+inline bool from_forward_pass(const OperandRecipe& o) { return o.format != Format::bf16 && o.source == Source::forward; }
+inline bool uses_dge(const Recipe& r) {
+  return r.estimator.w == Estimator::dge && r.fprop.w.format != Format::bf16 && r.fprop.w.format != Format::exact;
+}
+inline bool saves_x(const Recipe& r) { return from_forward_pass(r.wgrad.x) || r.estimator.x == Estimator::quest_mask; }
+inline bool saves_w(const Recipe& r) { return from_forward_pass(r.dgrad.w) || r.estimator.w == Estimator::quest_mask || uses_dge(r); }
+// Does the backward pass read X itself?
+inline bool keeps_x(const Recipe& r) { return !from_forward_pass(r.wgrad.x); }
+// Calls want(pointer to a pointer, number of elements) for each array that the recipe's LinearSaved needs.
+template <class Want> void want_linear_saved(LinearSaved& s, const Recipe& r, int T, int K, int N, Want want) {
+  auto operand = [&](Operand4& o, const OperandRecipe& how, int rows, bool mask) {
+    const PackedBytes b = packed_bytes(how, rows, K, mask);
+    want(&o.amax, (size_t)1);
+    if (b.codes) want(&o.codes, b.codes);
+    if (b.scales) want(&o.scales, b.scales);
+    if (b.values) want(&o.values, b.values / sizeof(floatX));
+    if (b.outer) want(&o.outer, b.outer / sizeof(float));
+    if (b.mask) want(&o.mask, b.mask / sizeof(uint32_t));
+  };
+  if (saves_x(r)) operand(s.x, r.fprop.x, T, r.estimator.x == Estimator::quest_mask);
+  if (saves_w(r)) operand(s.w, r.fprop.w, N, r.estimator.w == Estimator::quest_mask);
+}
 
-// x is [rows, cols] in memory; with `transpose` the operand is x^T. slot: 0 for operand 1 of the GEMM, 1 for operand 2.
-inline ReadyOperand prepare_operand(const OperandRecipe& how, OperandIndex which, const floatX* x, int rows, int cols, bool transpose, int slot, LinearKey key, const LinearScratch& s) {
-  if (how.format == Format::bf16) return {x, cols, transpose, nullptr};
-  Operand4 out;
+// ------------------------------------------------------------------ operands
+// An operand ready for the GEMM. amax: null for a tensor that is not quantized.
+struct ReadyOperand { const floatX* data; int ld; bool transposed; const float* amax; OperandRecipe how; };
+
+// Which operand of which GEMM of which layer: what its random numbers depend on, and its place in the scratch memory.
+struct OperandPlace { OperandIndex which, first; LinearKey key; };      // first: operand 1 of the same GEMM
+inline QuantizeHow quantize_how(const OperandRecipe& how, OperandPlace place, bool transpose) {
+  const SignBits signs = rotation_signs(how, place.first, place.key);
+  QuantizeHow q;
+  q.recipe = how;
+  q.transpose = transpose;
+  q.sign_bits[0] = signs.word[0];
+  q.sign_bits[1] = signs.word[1];
+  q.key = operand_key(place.key, place.which);
+  return q;
+}
+// The frame of an operand from a source of [rows, cols], before transposition; its arrays are those of `save`, else of the scratch.
+inline Operand4 operand_frame(const OperandRecipe& how, OperandPlace place, int rows, int cols, bool transpose, const LinearScratch& s,
+                              const Operand4* save) {
+  const int slot = place.which != place.first;
+  Operand4 out = save ? *save : Operand4{};
   out.rows = transpose ? cols : rows;
   out.cols = transpose ? rows : cols;
-  out.ld = operand_ld(out.cols);
-  out.values = s.values[slot];
-  out.amax = s.scalars + slot;
-  QuantizeHow q;
-  q.transpose = transpose;
-  q.tile16 = how.blocks == Blocks::b16x16;
-  q.stochastic = how.rounding == Rounding::stochastic;
-  q.hadamard = how.rht;
-  q.signs = kFixedSigns;
-  q.key = {key.seed, key.step, key.layer * 8 + (uint32_t)which};
-  quantize_nvfp4(out, x, q, s.tiles);
-  return {out.values, out.ld, false, out.amax};
+  out.ld = operand_ld(rotated_cols(out.cols, how.rht));
+  if (!out.values) out.values = s.values[slot];
+  if (!out.amax) out.amax = s.scalars + slot;
+  return out;
+}
+// x is [rows, cols] in memory; with `transpose` the operand is x^T. save: where its packed form is kept, or null.
+inline ReadyOperand prepare_operand(const OperandRecipe& how, OperandPlace place, const floatX* x, int rows, int cols, bool transpose,
+                                    const LinearScratch& s, Operand4* save = nullptr) {
+  if (how.format == Format::bf16) return {x, cols, transpose, nullptr, how};
+  const Operand4 out = operand_frame(how, place, rows, cols, transpose, s, save);
+  quantize(out, x, quantize_how(how, place, transpose), {s.tiles, s.rotated});
+  if (save) { save->rows = out.rows; save->cols = rotated_cols(out.cols, how.rht); save->ld = out.ld; }
+  return {out.values, out.ld, false, out.amax, how};
+}
+// Double quantization: the transpose of what the forward pass computed with.
+inline ReadyOperand prepare_forward_operand(const OperandRecipe& how, OperandPlace place, const Operand4& saved, const OperandRecipe& saved_how,
+                                            const LinearScratch& s) {
+  const Operand4 out = operand_frame(how, place, saved.rows, saved.cols, true, s, nullptr);
+  quantize(out, saved, saved_how, quantize_how(how, place, true), {s.tiles, s.rotated});
+  return {out.values, out.ld, false, out.amax, how};
 }
 inline void run_gemm(Gemm g, const ReadyOperand& a, const ReadyOperand& b, const LinearScratch& s) {
   g.A = a.data; g.lda = a.ld; g.a_transposed = a.transposed;
   g.B = b.data; g.ldb = b.ld; g.b_transposed = b.transposed;
-  if (a.amax && b.amax) g.K = a.ld;          // the padding too: zeros, except in a last group of 16 that was rotated and is full
+  if (a.amax && b.amax) g.K = a.ld;          // the padding too: zeros, except in a last group that was rotated and is full
   if (a.amax || b.amax) {
-    gemm_alpha(s.scalars + 2, a.amax, b.amax);
+    gemm_alpha(s.scalars + 2, a.amax, b.amax, a.how, b.how);
     g.alpha = s.scalars + 2;
   }
   gemm(g);
 }
 
-// Y = X W^T
-inline void linear_forward(floatX* Y, const floatX* X, const floatX* W, int T, int K, int N, const Recipe& r, LinearKey key, const LinearScratch& s) {
-  const ReadyOperand x = prepare_operand(r.fprop.x, kFpropX, X, T, K, false, 0, key, s);
-  const ReadyOperand w = prepare_operand(r.fprop.w, kFpropW, W, N, K, false, 1, key, s);
+// ------------------------------------------------------------------ the layer
+// Y = X W^T. saved: where the operands for the backward pass are kept; null without a backward pass.
+inline void linear_forward(floatX* Y, const floatX* X, const floatX* W, int T, int K, int N, const Recipe& r, LinearKey key,
+                           const LinearScratch& s, LinearSaved* saved = nullptr) {
+  // Outlier control (outliers.cuh) works around this function: it hands in X clamped, or some columns of X and W, and adds the rest to Y.
+  const ReadyOperand x = prepare_operand(r.fprop.x, {kFpropX, kFpropX, key}, X, T, K, false, s, saved && saves_x(r) ? &saved->x : nullptr);
+  const ReadyOperand w = prepare_operand(r.fprop.w, {kFpropW, kFpropX, key}, W, N, K, false, s, saved && saves_w(r) ? &saved->w : nullptr);
   Gemm g;
   g.M = T; g.N = N; g.K = K; g.D = Y; g.ldd = N;
   run_gemm(g, x, w, s);
 }
 
-// dX = dY W
-inline void linear_dgrad(floatX* dX, const floatX* dY, const floatX* W, int T, int K, int N, const Recipe& r, LinearKey key, const LinearScratch& s) {
-  const ReadyOperand dy = prepare_operand(r.dgrad.dy, kDgradDy, dY, T, N, false, 0, key, s);
-  const ReadyOperand w = prepare_operand(r.dgrad.w, kDgradW, W, N, K, true, 1, key, s);
+// What linear_forward() with the same arguments saves, without its GEMM: for a caller who would rather quantize X and W again than keep them
+// packed. The same key gives the same random numbers, hence the same codes.
+inline void linear_save(const floatX* X, const floatX* W, int T, int K, int N, const Recipe& r, LinearKey key, const LinearScratch& s,
+                        LinearSaved* saved) {
+  if (saves_x(r)) prepare_operand(r.fprop.x, {kFpropX, kFpropX, key}, X, T, K, false, s, &saved->x);
+  if (saves_w(r)) prepare_operand(r.fprop.w, {kFpropW, kFpropX, key}, W, N, K, false, s, &saved->w);
+}
+
+// dX = dY W; or from the forward's rotated W: dX = (dY Wh * mask) H
+inline void linear_dgrad(floatX* dX, const floatX* dY, const floatX* W, int T, int K, int N, const Recipe& r, LinearKey key,
+                         const LinearScratch& s, const LinearSaved* saved = nullptr) {
+  const bool doubled = from_forward_pass(r.dgrad.w), masked = r.estimator.x == Estimator::quest_mask;
+  if ((doubled || masked) && !saved) die("linear_dgrad: recipe %s needs what the forward pass saved", r.name.c_str());
+  const ReadyOperand dy = prepare_operand(r.dgrad.dy, {kDgradDy, kDgradDy, key}, dY, T, N, false, s);
+  const ReadyOperand w = doubled ? prepare_forward_operand(r.dgrad.w, {kDgradW, kDgradDy, key}, saved->w, r.fprop.w, s)
+                                 : prepare_operand(r.dgrad.w, {kDgradW, kDgradDy, key}, W, N, K, true, s);
+  const int rht = doubled ? r.fprop.w.rht : 0, width = rotated_cols(K, rht);
   Gemm g;
-  g.M = T; g.N = K; g.K = N; g.D = dX; g.ldd = K;
+  g.M = T; g.N = width; g.K = N; g.D = dX; g.ldd = width;
+  if (!rht && !masked) return run_gemm(g, dy, w, s);
+  g.D = s.rotated; g.d_fp32 = true;
   run_gemm(g, dy, w, s);
+  unrotate(dX, s.rotated, masked ? saved->x.mask : nullptr, saved->x.ld / 32, T, K, rht, rotation_signs(r.fprop.w, kFpropX, key), false);
 }
 
-// dW += dY^T X, in FP32
-inline void linear_wgrad(float* dW, const floatX* dY, const floatX* X, int T, int K, int N, const Recipe& r, LinearKey key, const LinearScratch& s) {
-  const ReadyOperand dy = prepare_operand(r.wgrad.dy, kWgradDy, dY, T, N, true, 0, key, s);
-  const ReadyOperand x = prepare_operand(r.wgrad.x, kWgradX, X, T, K, true, 1, key, s);
+// dW += dY^T X, in FP32; or from the forward's rotated X: dW += (dY^T Xh * mask) H; or dW += (dY^T X) * f'(W / scale), which needs W
+inline void linear_wgrad(float* dW, const floatX* dY, const floatX* X, int T, int K, int N, const Recipe& r, LinearKey key,
+                         const LinearScratch& s, const LinearSaved* saved = nullptr, const floatX* W = nullptr) {
+  const bool doubled = from_forward_pass(r.wgrad.x), masked = r.estimator.w == Estimator::quest_mask, with_dge = uses_dge(r);
+  if (((doubled || masked || with_dge) && !saved) || (with_dge && !W)) die("linear_wgrad: recipe %s needs what the forward pass saved", r.name.c_str());
+  const ReadyOperand dy = prepare_operand(r.wgrad.dy, {kWgradDy, kWgradDy, key}, dY, T, N, true, s);
+  const ReadyOperand x = doubled ? prepare_forward_operand(r.wgrad.x, {kWgradX, kWgradDy, key}, saved->x, r.fprop.x, s)
+                                 : prepare_operand(r.wgrad.x, {kWgradX, kWgradDy, key}, X, T, K, true, s);
+  const int rht = doubled ? r.fprop.x.rht : 0, width = rotated_cols(K, rht);
   Gemm g;
-  g.M = N; g.N = K; g.K = T; g.D = dW; g.ldd = K; g.d_fp32 = true; g.accumulate = true;
+  g.M = N; g.N = width; g.K = T; g.D = dW; g.ldd = width; g.d_fp32 = true; g.accumulate = true;
+  if (!rht && !masked && !with_dge) return run_gemm(g, dy, x, s);
+  g.D = s.rotated; g.accumulate = false;
   run_gemm(g, dy, x, s);
+  if (with_dge) dge(dW, s.rotated, W, saved->w, r.fprop.w, r.dge_k, N, K);
+  else unrotate(dW, s.rotated, masked ? saved->w.mask : nullptr, saved->w.ld / 32, N, K, rht, rotation_signs(r.fprop.x, kFpropX, key), true);
 }
 
-// Both gradients; dX may be null (the first layer of a model that ends there).
-inline void linear_backward(floatX* dX, float* dW, const floatX* dY, const floatX* X, const floatX* W, int T, int K, int N, const Recipe& r, LinearKey key, const LinearScratch& s) {
-  if (dX) linear_dgrad(dX, dY, W, T, K, N, r, key, s);
-  linear_wgrad(dW, dY, X, T, K, N, r, key, s);
+// Both gradients; dX may be null (the first layer of a model that ends there). X may be null where keeps_x(r) is false.
+inline void linear_backward(floatX* dX, float* dW, const floatX* dY, const floatX* X, const floatX* W, int T, int K, int N, const Recipe& r,
+                            LinearKey key, const LinearScratch& s, const LinearSaved* saved = nullptr) {
+  if (dX) linear_dgrad(dX, dY, W, T, K, N, r, key, s, saved);
+  linear_wgrad(dW, dY, X, T, K, N, r, key, s, saved, W);
 }

@@ -10,9 +10,11 @@
 // The lower half of a register is the first of its two bf16. Two C fragments side by side (16 x 16), rounded to bf16 in place,
 // are an A fragment: attention uses this to feed probabilities into the next product without leaving the registers.
 //
-// All of it needs sm_80.
+// These need sm_80. The FP4 product (m16n8k64, further down, with its own layout) is an instruction of the sm_120 family only; every
+// other GPU runs its meaning, through shuffles, so that the same FP4 GEMM can be executed and checked anywhere.
 #pragma once
 #include "cuda.cuh"
+#include "formats.cuh"
 #ifdef CPU_BUILD
 #include <deque>
 #endif
@@ -42,6 +44,154 @@ __device__ inline void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], 
   });
   for (int i = 0; i < 4; i++) d[i] = part.d[i];
 #endif
+}
+
+// ------------------------------------------------------------------ d += (A scaled) (B scaled): 16 x 8 float += 16 x 64 E2M1 times 64 x 8 E2M1
+// The FP4 tensor core of the sm_120 family: every group of 16 k (NVFP4, E4M3 scales) or 32 k (MXFP4, E8M0 scales) of a row of A and of
+// a column of B has a scale of its own, and the instruction multiplies it in. g = lane / 4, t = lane % 4; nibble i of a register is
+// bits 4i .. 4i+3; a register holds 8 consecutive k.
+//   A, 4 registers:  register r holds row g + 8 (r & 1),  k = 8t + 32 (r >> 1) + i
+//   B, 2 registers:  register r holds column g,           k = 8t + 32 r + i
+//   C and D as above
+//   sfa:  the scales of row g + 8 t, from lanes with t < 2.      NVFP4: bytes 0..3 = groups 0..3 of 16.  MXFP4: bytes 0, 1 = groups 0, 1 of 32
+//   sfb:  the scales of column g, from lanes with t = 0.         (the two selectors {byte, thread} are 0; other lanes' words are ignored)
+// Source: PTX ISA 9.7.14, "Warp-level matrix multiply-accumulate with block scaling"; CUTLASS mma_traits_sm120.hpp says the same.
+#if defined(__CUDA_ARCH_FAMILY_SPECIFIC__)
+#if __CUDA_ARCH_FAMILY_SPECIFIC__ / 100 == 12        // compute_120f, 120a, 121a: plain compute_120 has no FP4
+#define MMA_FP4_INSTRUCTION 1
+#endif
+#endif
+
+#ifndef MMA_FP4_INSTRUCTION
+// One element of D. sum[j]: products of the j-th group of 16 codes, exact, in units of 1/4; scale_a[j], scale_b[j]: its scales.
+//   exact      d + sum of everything, rounded once to FP32: what a tensor core computes on ordinary data, where all terms lie on a coarse grid
+//   truncate   what MMA-Sim (arXiv 2511.10909) found in B200 and RTX Blackwell: the groups are exact; they and d are cut off 35 binary digits
+//              below the largest exponent (of a group: the sum of its scales' exponents), added, and cut off to FP32
+__host__ __device__ inline float mma_fp4_element(float d, const int* sum, const float* scale_a, const float* scale_b, int smallest_exponent, bool truncate) {
+  double term[5] = {d, 0, 0, 0, 0};
+  for (int j = 0; j < 4; j++) term[j + 1] = 0.25 * sum[j] * ((double)scale_a[j] * scale_b[j]);
+  if (!truncate) return (float)(term[0] + term[1] + term[2] + term[3] + term[4]);
+  auto exponent = [](float x, int smallest) { return x == 0 || x != x ? -126 : max(ilogb((double)x), smallest); };
+  int top = exponent(d, -126);
+  for (int j = 0; j < 4; j++) top = max(top, exponent(scale_a[j], smallest_exponent) + exponent(scale_b[j], smallest_exponent));
+  double all = 0;
+  for (int j = 0; j < 5; j++) all += ldexp(trunc(ldexp(term[j], 35 - top)), top - 35);
+  const float f = (float)all;
+  return fabs((double)f) > fabs(all) ? bits_float(float_bits(f) - 1) : f;           // toward zero
+}
+template <bool kMx> __host__ __device__ inline float mma_fp4_scale(uint32_t word, int group_of_16) {
+  return kMx ? e8m0_decode((uint8_t)(word >> 8 * (group_of_16 / 2))) : e4m3_decode((uint8_t)(word >> 8 * group_of_16 & 0x7f));   // UE4M3: the sign bit is ignored
+}
+// Twice the value of nibble i: an integer.
+__host__ __device__ inline int mma_fp4_code(uint32_t word, int i) {
+  const int code = word >> 4 * i & 15, twice = 0xc8643210u >> 4 * (code & 7) & 15;   // 0 .5 1 1.5 2 3 4 6
+  return code & 8 ? -twice : twice;
+}
+#ifdef CPU_BUILD
+template <bool kMx> void mma_fp4_meaning(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, uint32_t sfa, uint32_t sfb, bool truncate) {
+  struct Part { float d[4]; uint32_t a[4], b[2], sfa, sfb; } part = {{d[0], d[1], d[2], d[3]}, {a[0], a[1], a[2], a[3]}, {b0, b1}, sfa, sfb};
+  part = cuda_on_cpu::collective(~0u, part, [truncate](Part* lane) {
+    short A[16][64], B[8][64];
+    float scale_a[16][4], scale_b[8][4];
+    for (int l = 0; l < 32; l++) for (int i = 0; i < 8; i++) {
+      const int g = l / 4, t = l % 4;
+      for (int r = 0; r < 4; r++) A[g + 8 * (r & 1)][8 * t + 32 * (r >> 1) + i] = (short)mma_fp4_code(lane[l].a[r], i);
+      for (int r = 0; r < 2; r++) B[g][8 * t + 32 * r + i] = (short)mma_fp4_code(lane[l].b[r], i);
+    }
+    for (int j = 0; j < 4; j++) {
+      for (int row = 0; row < 16; row++) scale_a[row][j] = mma_fp4_scale<kMx>(lane[4 * (row % 8) + row / 8].sfa, j);
+      for (int column = 0; column < 8; column++) scale_b[column][j] = mma_fp4_scale<kMx>(lane[4 * column].sfb, j);
+    }
+    for (int l = 0; l < 32; l++) for (int i = 0; i < 4; i++) {
+      const int row = l / 4 + 8 * (i >> 1), column = 2 * (l % 4) + (i & 1);
+      int sum[4] = {0, 0, 0, 0};
+      for (int j = 0; j < 4; j++) for (int k = 16 * j; k < 16 * j + 16; k++) sum[j] += A[row][k] * B[column][k];
+      lane[l].d[i] = mma_fp4_element(lane[l].d[i], sum, scale_a[row], scale_b[column], kMx ? -127 : -6, truncate);
+    }
+  });
+  for (int i = 0; i < 4; i++) d[i] = part.d[i];
+}
+#else
+// The same, each lane fetching what its four elements need: the two rows of A from the 4 lanes of its own quad, the two columns of B
+// from two other quads. A function of its own (not inlined): a GEMM calls it dozens of times.
+template <bool kMx> __device__ __noinline__ float4 mma_fp4_meaning(float4 d, uint4 a, uint2 b, uint32_t sfa, uint32_t sfb, bool truncate) {
+  const int lane = threadIdx.x % 32, quad = lane & ~3, t = lane % 4;
+  const uint32_t word_a[4] = {a.x, a.y, a.z, a.w}, word_b[2] = {b.x, b.y};
+  int sum[2][2][4] = {};                                   // [row g or g + 8][column 2t or 2t + 1][group of 16]
+#pragma unroll
+  for (int r = 0; r < 2; r++)
+#pragma unroll
+    for (int u = 0; u < 4; u++) {                          // lane u of a quad holds k = 32 r + 8 u and the 7 that follow
+      const uint32_t x[2] = {__shfl_sync(~0u, word_a[2 * r], quad + u), __shfl_sync(~0u, word_a[2 * r + 1], quad + u)};
+      const uint32_t y[2] = {__shfl_sync(~0u, word_b[r], 8 * t + u), __shfl_sync(~0u, word_b[r], 8 * t + 4 + u)};
+#pragma unroll
+      for (int h = 0; h < 2; h++)
+#pragma unroll
+        for (int c = 0; c < 2; c++)
+          for (int i = 0; i < 8; i++) sum[h][c][2 * r + u / 2] += mma_fp4_code(x[h], i) * mma_fp4_code(y[c], i);
+    }
+  const uint32_t word_sa[2] = {__shfl_sync(~0u, sfa, quad), __shfl_sync(~0u, sfa, quad + 1)};
+  const uint32_t word_sb[2] = {__shfl_sync(~0u, sfb, 8 * t), __shfl_sync(~0u, sfb, 8 * t + 4)};
+  float out[4] = {d.x, d.y, d.z, d.w};
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    float scale_a[4], scale_b[4];
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      scale_a[j] = mma_fp4_scale<kMx>(word_sa[i >> 1], j);
+      scale_b[j] = mma_fp4_scale<kMx>(word_sb[i & 1], j);
+    }
+    out[i] = mma_fp4_element(out[i], sum[i >> 1][i & 1], scale_a, scale_b, kMx ? -127 : -6, truncate);
+  }
+  return make_float4(out[0], out[1], out[2], out[3]);
+}
+template <bool kMx> __device__ inline void mma_fp4_meaning(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, uint32_t sfa, uint32_t sfb, bool truncate) {
+  const float4 r = mma_fp4_meaning<kMx>(make_float4(d[0], d[1], d[2], d[3]), make_uint4(a[0], a[1], a[2], a[3]), make_uint2(b0, b1), sfa, sfb, truncate);
+  d[0] = r.x; d[1] = r.y; d[2] = r.z; d[3] = r.w;
+}
+#endif
+#endif
+
+// NVFP4: E4M3 scales, one for 16. `truncate` chooses the accumulation where the meaning runs; the instruction does what it does.
+__device__ inline void mma_m16n8k64_nvfp4(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, uint32_t sfa, uint32_t sfb, [[maybe_unused]] bool truncate = false) {
+#ifdef MMA_FP4_INSTRUCTION
+  asm volatile("mma.sync.aligned.m16n8k64.row.col.kind::mxf4nvf4.block_scale.scale_vec::4X.f32.e2m1.e2m1.f32.ue4m3 "
+               "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3}, %10, {0, 0}, %11, {0, 0};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(sfa), "r"(sfb));
+#else
+  mma_fp4_meaning<false>(d, a, b0, b1, sfa, sfb, truncate);
+#endif
+}
+// MXFP4: E8M0 scales, one for 32: the lower two bytes of sfa and sfb.
+__device__ inline void mma_m16n8k64_mxfp4(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, uint32_t sfa, uint32_t sfb, [[maybe_unused]] bool truncate = false) {
+#ifdef MMA_FP4_INSTRUCTION
+  asm volatile("mma.sync.aligned.m16n8k64.row.col.kind::mxf4nvf4.block_scale.scale_vec::2X.f32.e2m1.e2m1.f32.ue8m0 "
+               "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3}, %10, {0, 0}, %11, {0, 0};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(sfa), "r"(sfb));
+#else
+  mma_fp4_meaning<true>(d, a, b0, b1, sfa, sfb, truncate);
+#endif
+}
+// Does this binary, on this GPU, contain the instruction? (On the CPU and on every GPU outside the sm_120 family: no, its meaning.)
+__global__ void mma_fp4_native_kernel(int* native) {
+#ifdef MMA_FP4_INSTRUCTION
+  *native = 1;
+#else
+  *native = 0;
+#endif
+}
+inline bool mma_fp4_is_native() {
+  static const bool native = [] {
+    int* p = device_alloc<int>(1);
+    launch(mma_fp4_native_kernel, 1, 1, 0, p);
+    int n = 0;
+    to_host(&n, p, 1);
+    device_free(p);
+    return n != 0;
+  }();
+  return native;
 }
 
 // ------------------------------------------------------------------ ldmatrix: four 8 x 8 bf16 matrices from shared memory

@@ -1,0 +1,271 @@
+// kernels/outliers.cuh -- what to do about the few channels, or the few entries of X, that are far larger than the rest.
+//
+// OutControl  A static choice of input channels (columns of X and of W) of every linear layer. From step 501 on, for 50 steps, the L2 norms
+//             of the columns of X are summed; then the largest 10 % of the columns (rounded up to a multiple of 128) are computed in MXFP8, the others
+//             as the recipe says. In the terms of recipe.cuh a layer becomes two layers side by side, each with a row of its own:
+//
+//                 Y  = X[:,A] W[:,A]^T  under the recipe       A: the FP4 columns
+//                    + X[:,B] W[:,B]^T  under its B row        B: the FP8 columns; fprop and wgrad MXFP8 (E4M3, 1x32, scale rounded up, RN,
+//                 dX[:,A], dX[:,B]      dY W, all FP4             no RHT), dgrad as the recipe has it (outlier_row)
+//                 dW[:,A], dW[:,B]      each under its row
+//
+//             The columns of dX are rows of the dgrad operand W^T: blocks along N do not mix them, so that computing them apart changes the scale
+//             of the whole tensor and nothing else. `sorted`: the FP4 columns stand in descending order of their norms, as in the
+//             authors' code, so that a block holds columns of one size; without, both sets keep their order in memory.
+// OCC         Xc = clamp(X, q(1-a), q(a)), quantiles of each row (token); Y = quantized(Xc) W^T + (X - Xc) W^T, the second in BF16. About
+//             2 (1-a) of X - Xc is not zero: 2 % for a = .99. It is a dense GEMM here: right, not fast. The quantile is an element of the
+//             row (nearest rank), so that Xc is exact in BF16; torch.quantile interpolates between two.
+// Source      OutControl: TetraJet-v2, arXiv 2510.27527, and the authors' code. There x is quantized twice for the FP8 part of wgrad, and dgrad is
+//             one GEMM. OCC: Wang et al., arXiv 2501.17116, section 3.3.
+// Cost        OutControl: gathers X and W (4 bytes read and written an element), scatters dX and dW. OCC: reads X 17 times (from L1) and writes it twice,
+//             and one more GEMM of the layer's size in BF16.
+#pragma once
+#include <algorithm>
+#include <numeric>
+#include <string>
+#include <vector>
+#include "linear.cuh"
+#include "oscillation.cuh"
+#include "rows.cuh"
+
+// ------------------------------------------------------------------ choosing columns
+constexpr int kNormRowSlots = 32;                 // parts of the rows whose squares are summed apart
+inline size_t column_norms_scratch(int cols) { return (size_t)kNormRowSlots * cols; }   // floats
+
+__global__ void column_squares_kernel(float* scratch, const floatX* x, int rows, int cols, int rows_per_slot) {
+  const int c = blockIdx.x * blockDim.x + threadIdx.x, first = blockIdx.y * rows_per_slot, end = min(rows, first + rows_per_slot);
+  if (c >= cols) return;
+  float sum = 0;
+  for (int r = first; r < end; r++) { const float v = to_float(x[(size_t)r * cols + c]); sum += v * v; }
+  scratch[(size_t)blockIdx.y * cols + c] = sum;
+}
+__global__ void column_norms_kernel(float* sums, const float* scratch, int cols) {
+  const int c = blockIdx.x * blockDim.x + threadIdx.x;
+  if (c >= cols) return;
+  float sum = 0;
+  for (int s = 0; s < kNormRowSlots; s++) sum += scratch[(size_t)s * cols + c];
+  sums[c] += sqrtf(sum);
+}
+// sums[c] += L2 norm of column c of x [rows, cols]. scratch: column_norms_scratch(cols) floats. Fixed order: the same bits every time.
+inline void add_column_norms(float* sums, const floatX* x, int rows, int cols, float* scratch) {
+  const int threads = kOnCpu ? 32 : 128;
+  launch(column_squares_kernel, dim3(ceil_div(cols, threads), kNormRowSlots), threads, 0, scratch, x, rows, cols, ceil_div(rows, kNormRowSlots));
+  launch(column_norms_kernel, ceil_div(cols, threads), threads, 0, sums, scratch, cols);
+}
+
+// How many of K columns become FP8: the fraction, rounded up to a multiple of 128. In a small layer that would be most or all of it: then a multiple of
+// 64 or 32 (a block of MXFP8), the first that takes less than half; 0 if none does. *multiple: which one it was.
+inline int outlier_columns(int K, float fraction, int* multiple = nullptr) {
+  const int wanted = max(1, (int)(K * (double)fraction));
+  for (int m = 128; m >= 32; m /= 2) {
+    if (multiple) *multiple = m;
+    if (fraction > 0 && 2 * round_up(wanted, m) < K) return round_up(wanted, m);
+  }
+  return 0;
+}
+// The columns in the order in which they are gathered: first the K - n that stay in FP4, then the n of the largest sums. Equal sums: the
+// lower column counts as larger.
+inline std::vector<int> outlier_order(const std::vector<float>& sums, int n, bool sorted) {
+  const int K = (int)sums.size();
+  std::vector<int> by_size(K);
+  std::iota(by_size.begin(), by_size.end(), 0);
+  std::stable_sort(by_size.begin(), by_size.end(), [&](int a, int b) { return sums[a] > sums[b]; });
+  std::vector<int> large(by_size.begin(), by_size.begin() + n), rest(by_size.begin() + n, by_size.end());
+  if (!sorted) { std::sort(large.begin(), large.end()); std::sort(rest.begin(), rest.end()); }
+  rest.insert(rest.end(), large.begin(), large.end());
+  return rest;
+}
+
+// ------------------------------------------------------------------ gathering and scattering columns
+template <class T> __global__ void gather_columns_kernel(T* out, const T* x, const int* columns, size_t total, int n, int ld) {
+  const size_t begin = flat_begin<1>(), end = min(begin + kFlatRun, total);
+  for (size_t i = begin; i < end; i++) out[i] = x[i / n * ld + columns[i % n]];
+}
+template <bool kAdd, class T> __global__ void scatter_columns_kernel(T* out, const T* x, const int* columns, size_t total, int n, int ld) {
+  const size_t begin = flat_begin<1>(), end = min(begin + kFlatRun, total);
+  for (size_t i = begin; i < end; i++) {
+    T& to = out[i / n * ld + columns[i % n]];
+    if constexpr (kAdd) to += x[i]; else to = x[i];
+  }
+}
+// out [rows, n] = x[:, columns], x [rows, ld]
+template <class T> void gather_columns(T* out, const T* x, const int* columns, int rows, int n, int ld) {
+  const size_t total = (size_t)rows * n;
+  if (total) launch(gather_columns_kernel<T>, flat_grid(total, 1), kFlatThreads, 0, out, x, columns, total, n, ld);
+}
+// out[:, columns] = x [rows, n], out [rows, ld]. The columns differ from one another.
+template <class T> void scatter_columns(T* out, const T* x, const int* columns, int rows, int n, int ld) {
+  const size_t total = (size_t)rows * n;
+  if (total) launch(scatter_columns_kernel<false, T>, flat_grid(total, 1), kFlatThreads, 0, out, x, columns, total, n, ld);
+}
+// out[:, columns] += x
+inline void scatter_add_columns(float* out, const float* x, const int* columns, int rows, int n, int ld) {
+  const size_t total = (size_t)rows * n;
+  if (total) launch(scatter_columns_kernel<true, float>, flat_grid(total, 1), kFlatThreads, 0, out, x, columns, total, n, ld);
+}
+__global__ void add_kernel(floatX* out, const floatX* x, size_t n) {
+  const size_t begin = flat_begin<1>(), end = min(begin + kFlatRun, n);
+  for (size_t i = begin; i < end; i++) out[i] = from_float<floatX>(to_float(out[i]) + to_float(x[i]));
+}
+inline void add_to(floatX* out, const floatX* x, size_t n) { if (n) launch(add_kernel, flat_grid(n, 1), kFlatThreads, 0, out, x, n); }
+
+// ------------------------------------------------------------------ OCC: clamping by quantiles of the row
+// Floats as unsigned integers of the same order; a BF16 value has only 16 bits to tell.
+constexpr int kKeyBits = sizeof(floatX) * 8;
+__device__ inline uint32_t order_key(float x) {
+  const uint32_t bits = float_bits(x);
+  return (bits >> 31 ? ~bits : bits | 0x80000000u) >> (32 - kKeyBits);
+}
+__device__ inline float key_value(uint32_t key) {
+  const uint32_t bits = key << (32 - kKeyBits);
+  return bits_float(bits >> 31 ? bits & 0x7fffffffu : ~bits & ~(kKeyBits == 32 ? 0u : 0xffffu));
+}
+// The element of rank `rank` of a row (0: the smallest): bit by bit, the largest key that has at most `rank` keys below it.
+template <int kLanes> __device__ inline float row_rank(const floatX* row, int K, int rank) {
+  uint32_t key = 0;
+  for (int bit = kKeyBits - 1; bit >= 0; bit--) {
+    const uint32_t candidate = key | 1u << bit;
+    int below = 0;
+    for (int c = row_lane<kLanes>(); c < K; c += kLanes) below += order_key(to_float(row[c])) < candidate;
+    if ((int)lanes_sum<kLanes>((float)below) <= rank) key = candidate;       // K < 2^24: exact
+  }
+  return key_value(key);
+}
+template <int kLanes> __global__ void occ_split_kernel(floatX* clamped, floatX* residual, const floatX* x, int T, int K, int rank) {
+  const int t = row_index<kLanes>();
+  if (t >= T) return;
+  const floatX* row = x + (size_t)t * K;
+  const float low = row_rank<kLanes>(row, K, rank), high = row_rank<kLanes>(row, K, K - 1 - rank);
+  for (int c = row_lane<kLanes>(); c < K; c += kLanes) {
+    const float v = to_float(row[c]), inside = v < low ? low : v > high ? high : v;      // a NaN stays
+    clamped[(size_t)t * K + c] = from_float<floatX>(inside);
+    residual[(size_t)t * K + c] = from_float<floatX>(v - inside);
+  }
+}
+// How many elements of a row of K lie beyond each quantile.
+inline int occ_rank(int K, float alpha) { return min((int)lround((1 - (double)alpha) * (K - 1)), (K - 1) / 2); }
+// x [T,K] = clamped + residual (the residual rounded to floatX)
+template <int kLanes = kRowLanes> void occ_split(floatX* clamped, floatX* residual, const floatX* x, int T, int K, float alpha) {
+  launch(occ_split_kernel<kLanes>, row_grid(T), row_block<kLanes>(), 0, clamped, residual, x, T, K, occ_rank(K, alpha));
+}
+
+// ------------------------------------------------------------------ rows derived from a row
+inline bool is_fp4(Format f) { return f == Format::nvfp4 || f == Format::mxfp4 || f == Format::fp4_vector; }
+// With the forward or the backward pass in BF16. What started from the forward's quantized value then starts from the original, and the gradient passes
+// straight through a quantizer that is no longer there.
+inline Recipe without_forward(Recipe r) {
+  r.fprop.x = r.fprop.w = {};
+  r.dgrad.w.source = r.wgrad.x.source = Source::original;
+  r.estimator = {};
+  return r;
+}
+inline Recipe without_backward(Recipe r) {
+  r.dgrad.dy = r.dgrad.w = r.wgrad.dy = r.wgrad.x = {};
+  if (r.estimator.w != Estimator::dge) r.estimator.w = Estimator::ste;         // DGE needs only the forward's W; a mask its rotated gradient too
+  r.estimator.x = Estimator::ste;
+  return r;
+}
+// OutControl's B row: fprop and wgrad in MXFP8, dgrad as it is, but from the W that is handed in: that of the forward pass, if the row wants it.
+inline Recipe outlier_row(Recipe r) {
+  OperandRecipe fp8;
+  fp8.format = Format::mxfp8;
+  r.fprop = {fp8, fp8};
+  r.wgrad = {fp8, fp8};
+  r.dgrad.w.source = Source::original;
+  r.estimator = {};
+  return r;
+}
+
+// ------------------------------------------------------------------ the layers
+// OutControl of one layer. columns: [K], the FP4 channels, then the FP8 channels; sums: [K], norms summed over steps.
+struct OutlierLayer { int K = 0, fp8 = 0; int* columns = nullptr; float* sums = nullptr; };
+struct OutlierScratch {
+  floatX *x = nullptr, *w = nullptr, *y = nullptr;     // (T,K) (N,K) (T, larger of N and K); OCC: x and y of (T,K)
+  float *dw = nullptr, *norms = nullptr, *average = nullptr;      // (N,K), column_norms_scratch(K); Q-EMA: (N,K)
+};
+// How a layer is run: what surrounds linear_forward and linear_backward.
+struct LayerControl {
+  bool occ = false;
+  const OutlierLayer* split = nullptr;    // OutControl, once the channels are chosen
+  float* collect = nullptr;               // OutControl, while it sums norms: [K]
+  TowardAverage toward;                   // Q-EMA, where toward.average is not null
+  OutlierScratch scratch;
+};
+constexpr uint32_t kOutlierLayers = 1 << 20;           // added to the layer's number: B draws other random numbers than A
+
+inline void forward_columns(floatX* Y, const floatX* X, const floatX* W, int T, int K, int N, const Recipe& r, LinearKey key, const LinearScratch& s, LinearSaved* saved, const LayerControl& how,
+                            const int* columns, int n) {
+  const OutlierScratch& o = how.scratch;
+  gather_columns(o.x, X, columns, T, n, K);
+  gather_columns(o.w, W, columns, N, n, K);
+  if (how.toward.average && is_fp4(r.fprop.w.format)) {
+    gather_columns(o.average, how.toward.average, columns, N, n, K);
+    linear_forward_toward(Y, o.x, o.w, T, n, N, r, key, s, saved, {o.average, how.toward.packed});
+  } else linear_forward(Y, o.x, o.w, T, n, N, r, key, s, saved);
+}
+// D [M,N] += A B^T
+inline void add_product(void* D, int M, int N, int K, const floatX* A, int lda, bool a_transposed, const floatX* B, int ldb, bool b_transposed, bool fp32) {
+  Gemm g;
+  g.M = M; g.N = N; g.K = K;
+  g.A = A; g.lda = lda; g.a_transposed = a_transposed;
+  g.B = B; g.ldb = ldb; g.b_transposed = b_transposed;
+  g.D = D; g.ldd = N; g.d_fp32 = fp32; g.accumulate = true;
+  gemm(g);
+}
+// linear_forward() of linear.cuh under control.
+inline void linear_forward(const LayerControl& how, floatX* Y, const floatX* X, const floatX* W, int T, int K, int N, const Recipe& r, LinearKey key, const LinearScratch& s, LinearSaved* saved) {
+  const OutlierScratch& o = how.scratch;
+  if (how.collect) add_column_norms(how.collect, X, T, K, o.norms);
+  if (how.split) {
+    const int fp8 = how.split->fp8, fp4 = K - fp8;
+    forward_columns(Y, X, W, T, K, N, r, key, s, saved, how, how.split->columns, fp4);
+    key.layer += kOutlierLayers;
+    forward_columns(o.y, X, W, T, K, N, outlier_row(r), key, s, nullptr, how, how.split->columns + fp4, fp8);
+    return add_to(Y, o.y, (size_t)T * N);
+  }
+  if (how.occ) occ_split(o.x, o.y, X, T, K, r.occ);
+  const floatX* x = how.occ ? o.x : X;
+  if (how.toward.average) linear_forward_toward(Y, x, W, T, K, N, r, key, s, saved, how.toward);
+  else linear_forward(Y, x, W, T, K, N, r, key, s, saved);
+  if (how.occ) add_product(Y, T, N, K, o.y, K, false, W, K, false, false);          // Y += (X - Xc) W^T
+}
+
+// The weights that the FP8 columns of the forward pass used, in place: w [N, n].
+inline void mxfp8_weights(floatX* w, int N, int n, const LinearScratch& s) {
+  Operand4 out;
+  out.rows = N; out.cols = n; out.ld = operand_ld(n);
+  out.values = s.values[1]; out.amax = s.scalars + 1;
+  QuantizeHow how;
+  how.recipe.format = Format::mxfp8;
+  quantize(out, w, how);
+  device_copy(w, out.values, (size_t)N * n);            // n is a multiple of 32: no padding
+}
+inline void backward_columns(floatX* dX, float* dW, const floatX* dY, const floatX* X, const floatX* W, int T, int K, int N, const Recipe& r, LinearKey key, const LinearScratch& s, const LinearSaved* saved,
+                             const OutlierScratch& o, const int* columns, int n, bool forward_weights) {
+  gather_columns(o.w, W, columns, N, n, K);
+  if (forward_weights) mxfp8_weights(o.w, N, n, s);
+  if (dX) {
+    linear_dgrad(o.y, dY, o.w, T, n, N, r, key, s, saved);
+    scatter_columns(dX, o.y, columns, T, n, K);
+  }
+  if (keeps_x(r)) gather_columns(o.x, X, columns, T, n, K);
+  device_zero(o.dw, (size_t)N * n);
+  linear_wgrad(o.dw, dY, o.x, T, n, N, r, key, s, saved, o.w);
+  scatter_add_columns(dW, o.dw, columns, N, n, K);
+}
+// linear_backward() of linear.cuh under control.
+inline void linear_backward(const LayerControl& how, floatX* dX, float* dW, const floatX* dY, const floatX* X, const floatX* W, int T, int K, int N, const Recipe& r, LinearKey key, const LinearScratch& s,
+                            const LinearSaved* saved) {
+  const OutlierScratch& o = how.scratch;
+  if (how.split) {
+    const int fp8 = how.split->fp8, fp4 = K - fp8;
+    backward_columns(dX, dW, dY, X, W, T, K, N, r, key, s, saved, o, how.split->columns, fp4, false);
+    key.layer += kOutlierLayers;
+    return backward_columns(dX, dW, dY, X, W, T, K, N, outlier_row(r), key, s, nullptr, o, how.split->columns + fp4, fp8, from_forward_pass(r.dgrad.w));
+  }
+  linear_backward(dX, dW, dY, X, W, T, K, N, r, key, s, saved);
+  if (how.occ && !keeps_x(r)) {                           // wgrad took the clamped X that was saved: dW += dY^T (X - Xc)
+    occ_split(o.x, o.y, X, T, K, r.occ);
+    add_product(dW, N, K, T, dY, N, true, o.y, K, true, true);
+  }
+}
