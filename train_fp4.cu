@@ -49,7 +49,7 @@ struct Options {
   double val_fraction = 0.1;
   int vocab = 0;
   // model
-  std::string model = "llama:1M", init_from, recipe = "nvfp4";
+  std::string model = "llama:1M", init_from, recipe = "nvfp4", gemm = "auto";
   std::vector<std::string> set;
   int bf16_first = 0, bf16_last = -1;
   // what changes late in training, and what watches over it
@@ -110,6 +110,7 @@ std::vector<Option> option_table(Options& o) {
   text("model", 'e', "MODEL", &o.model, "gpt2:d12 (d2..d12, d24, d36, d48), llama:1M, 10M, 30M, 50M, 100M, 200M, 1B, or a directory");
   text("init-from", 0, "DIR", &o.init_from, "start from the weights of this Hugging Face directory");
   text("recipe", 'r', "NAME", &o.recipe, "how linear layers are quantized; see --list-recipes");
+  text("gemm", 0, "WAY", &o.gemm, "what multiplies FP4 operands: auto, cublaslt or mma (FP4 tensor cores), emulated (BF16, exact)");
   table.push_back({"set", 0, "FIELD=VALUE", "override one field of the recipe, such as dgrad.dy.rounding=nearest; may be repeated", "", [&o](const std::string& v) { o.set.push_back(v); }});
   integer("bf16-first", 0, &o.bf16_first, 0, 10000, "keep the first N blocks in BF16");
   integer("bf16-last", 0, &o.bf16_last, -1, 10000, "keep the last N blocks in BF16; -1: as the recipe says");
@@ -477,7 +478,10 @@ PackedGrid largest_grid(const Model& m) {
   return g;
 }
 // Device memory of an open window.
-size_t window_bytes(const Model& m) { return 3 * sizeof(float) * (m.control.watched + largest_watched(m)); }
+size_t window_bytes(const Model& m) {
+  const PackedGrid grid = largest_grid(m);
+  return 3 * sizeof(float) * (m.control.watched + largest_watched(m)) + grid.bytes.total() + grid.groups * sizeof(uint32_t);
+}
 // Memory of what watches over training. The window of OsciReset and Q-Ramping comes and goes: window_bytes().
 void want_control(Model& m) {
   Control& c = m.control;
@@ -567,6 +571,11 @@ void allocate_model(Model& m, bool print) {
   const int shapes[4][2] = {{c.channels, m.qkv_width()}, {m.att_width(), c.channels}, {c.channels, m.fc_width()}, {c.ffn, c.channels}};   // {K, N}
   for (auto& s : shapes) { quantized = max(quantized, linear_scratch_elements((int)T, s[0], s[1])); tiles = max(tiles, linear_tile_words((int)T, s[0], s[1])); }
   if (m.recipe.quantizes()) for (int i = 0; i < 2; i++) a.want(&m.scratch.values[i], quantized, "operands of the GEMM in flight");
+  if (m.scratch.ways.any_native()) for (int i = 0; i < 2; i++) {              // FP4 tensor cores take codes and scales
+    a.want(&m.scratch.codes[i], quantized / 2, "operands of the GEMM in flight");
+    a.want(&m.scratch.scales[i], quantized / 16, "operands of the GEMM in flight");
+    a.want(&m.scratch.outer[i], quantized / 128, "operands of the GEMM in flight");
+  }
   if (linear_needs_rotated(m.recipe)) a.want(&m.scratch.rotated, quantized, "an operand before rounding, FP32");
   a.want(&m.scratch.tiles, tiles, small); a.want(&m.scratch.scalars, 3, small);
   if (m.training) {
@@ -1002,7 +1011,6 @@ void oscillation_step(Model& m, int step, EventLog* log) {
 void choose_outliers(Model& m, int step, EventLog* log) {
   Control& c = m.control;
   double fp8 = 0, all = 0;
-  std::string limited;
   for (int l = 0; l < m.config.layers; l++) for (OutlierLayer& o : c.columns[l]) {
     if (o.K == 0) continue;
     std::vector<float> sums(o.K);
@@ -1202,6 +1210,9 @@ std::vector<StateTensor> state_tensors(const Model& m) {
   return all;
 }
 
+// What the order of the columns in a checkpoint depends on.
+std::string outlier_words(const Control& c) { return std::to_string(c.outlier_fraction) + (c.sorted ? " sorted" : " memory"); }
+
 void save_checkpoint(const Model& m, const Options& o, const RunState& state, const std::string& run_recipe) {
   AtomicDirectory dir(step_directory(o.out, state.step));
   save_weights(m, dir.path());
@@ -1213,6 +1224,7 @@ void save_checkpoint(const Model& m, const Options& o, const RunState& state, co
   w.metadata["switched_at"] = std::to_string(state.switched_at);
   w.metadata["window"] = m.control.open.prev ? "open" : "none";
   w.metadata["outliers"] = m.control.outliers != "outcontrol" ? "none" : m.control.chosen ? "chosen" : "sums";
+  if (m.control.outliers == "outcontrol") w.metadata["outlier_columns"] = outlier_words(m.control);
   const std::vector<StateTensor> tensors = state_tensors(m);
   for (const StateTensor& t : tensors) w.declare(t.name, t.dtype, t.shape);
   for (const StateTensor& t : tensors) {
@@ -1241,6 +1253,7 @@ RunState load_checkpoint(Model& m, const Options& o, const std::string& director
   const int step = (int)number("step");
   Control& c = m.control;
   c.chosen = c.outliers == "outcontrol" && r.metadata["outliers"] == "chosen";
+  if (c.chosen && r.metadata["outlier_columns"] != outlier_words(c)) die("%s: its OutControl columns were chosen with '%s'; resume with the same --outlier-fraction and --outlier-order", directory.c_str(), r.metadata["outlier_columns"].c_str());
   const bool windows = c.oscillation == "osci-reset" || c.oscillation == "q-ramping", want_open = m.training && windows && window_is_open(c.window, step) && step > 0;
   if (want_open && r.metadata["window"] == "open") open_window(m);
   else if (want_open) printf("note: %s was saved outside of any window of %s; the first one of this run begins with the next period\n", directory.c_str(), c.oscillation.c_str());
@@ -1384,6 +1397,29 @@ void watch_noise(Model& m, const Options& o, RunState& state, EventLog* log) {
   printf("step %5d  gradient over quantization noise %.3f\n", state.step, ratio);
   if (log) log->line(state.step, "gradient_over_noise", ratio);
   if (o.bf16_trigger == "fqt" && ratio < kThreshold) state.switched_at = state.step + 1;
+}
+
+// Decides how FP4 operands are multiplied, and proves every native way on this machine, at the model's shapes, before it is used. Returns what to
+// print: nothing where all FP4 GEMMs are emulated.
+std::string choose_fp4_ways(Model& m, const std::string& wanted) {
+  GemmWay way;
+  if (!gemm_way_from_name(wanted, &way)) die_usage("--gemm %s: auto, cublaslt, mma and emulated are allowed", wanted.c_str());
+  const Fp4Ways ways = fp4_ways(way);
+  std::vector<GemmWay> used;
+  Recipe& r = m.recipe;
+  for (auto& [a, b] : {std::pair(r.fprop.x, r.fprop.w), std::pair(r.dgrad.dy, r.dgrad.w), std::pair(r.wgrad.dy, r.wgrad.x)}) {
+    const GemmWay w = fp4_way_of(a, b, ways);
+    if (w != GemmWay::emulated && std::find(used.begin(), used.end(), w) == used.end()) used.push_back(w);
+  }
+  m.scratch.ways = ways;
+  std::string text;
+  for (GemmWay w : used) {
+    std::vector<Fp4CheckShape> shapes;
+    const int T = m.B * m.S, linears[4][2] = {{m.config.channels, m.qkv_width()}, {m.att_width(), m.config.channels}, {m.config.channels, m.fc_width()}, {m.config.ffn, m.config.channels}};
+    for (auto& [K, N] : linears) fp4_add_linear_shapes(shapes, T, K, N, r.fprop.x.outer == Outer::b1x128 && w == GemmWay::mma, r.fprop.x.format == Format::mxfp4 && w == GemmWay::mma);
+    text += (text.empty() ? "" : "\n         ") + fp4_way_text(w) + ": " + fp4_self_check(shapes, w);
+  }
+  return text;
 }
 
 volatile sig_atomic_t interrupted = 0;
@@ -1550,6 +1586,8 @@ int main(int argc, char** argv) {
   for (const Param& p : m.params) for (const HfTensor& h : p.hf) count += (size_t)h.rows * p.cols;
   printf("machine  %s\n", machine.c_str());
   printf("GEMM     %s\n", gemm_way());
+  const std::string native = choose_fp4_ways(m, o.gemm);
+  if (!native.empty()) printf("FP4      %s\n", native.c_str());
   printf("model    %s: %zu parameters, %d blocks, %d channels, %d heads (%d key/value) of %d, MLP %d, vocabulary %d%s\n", m.config.llama ? "Llama" : "GPT-2", count, m.config.layers,
          m.config.channels, m.config.heads, m.config.kv_heads, m.config.head_dim, m.config.ffn, m.config.vocab, weights.empty() ? "" : (", from " + weights).c_str());
   printf("recipe   %s\n", recipe_text(m).c_str());
@@ -1567,6 +1605,7 @@ int main(int argc, char** argv) {
   else init_weights(m);
 
   if (o.eval_only) {
+    if (o.resume) choose_precision(m, o, state, nullptr);
     long long n = 0;
     const double loss = validate(m, val_data, 0, &n);
     printf("val loss %.4f over %lld tokens\n", loss, n);

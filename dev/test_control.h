@@ -601,6 +601,102 @@ inline void test_osci_reset() {
   finish(resumed);
 }
 
+// With OutControl the grid is that of the gathered FP4 columns, and the FP8 columns have none.
+inline ModelConfig small_llama() {                       // 96 channels: OutControl takes 32 of them
+  ModelConfig c = tiny_llama();
+  c.channels = 96; c.heads = 6; c.kv_heads = 3; c.ffn = 192; c.vocab = 64;
+  return c;
+}
+inline void test_osci_reset_columns() {
+  Options o;
+  o.recipe = "fqt"; o.steps = 100; o.warmup = 0; o.seed = 3;
+  o.oscillation = "osci-reset"; o.osci_start = 40; o.osci_period = 40; o.osci_detect = 20;
+  o.outliers = "outcontrol"; o.outlier_start = 1; o.outlier_steps = 1;
+  Model m;
+  start(m, o, small_llama(), 1, 16);
+  Rng rng(13);
+  for (auto& block : m.control.columns) for (OutlierLayer& l : block) {
+    Floats sums(l.K);
+    for (float& v : sums) v = (float)rng.uniform();
+    to_device(l.sums, sums.data(), l.K);
+    device_sync();
+  }
+  choose_outliers(m, 1, nullptr);
+  for (int t = 40; t <= 61; t++) { put_constructed(m, t - 40); oscillation_step(m, t, nullptr); }
+  int wrong = 0, reset = 0, fp8_changed = 0;
+  for (const Param& p : m.params) {
+    if (!p.watched) continue;
+    int which = 0;
+    while (p.weight != &m.layers[p.block].linear(which)) which++;
+    const OutlierLayer& l = m.control.columns[p.block][which];
+    std::vector<int> order(l.K);
+    to_host(order.data(), l.columns, l.K);
+    const std::vector<int> fp4(order.begin(), order.end() - l.fp8);
+    const int n = (int)fp4.size();
+    auto weights = [&](int t) { return reference_control::columns_of(constructed_weights(p.rows, p.cols, t), p.rows, p.cols, fp4); };
+    Floats prev = weights(0), dist_q(prev.size(), 0), dist_w(prev.size(), 0);
+    for (int t = 1; t <= 20; t++) {
+      const Floats w = weights(t), q = reference_grid(w, p.rows, n, false), q_prev = reference_grid(prev, p.rows, n, false);
+      for (size_t k = 0; k < w.size(); k++) { dist_q[k] += std::fabs(q[k] - q_prev[k]); dist_w[k] += std::fabs(w[k] - prev[k]); }
+      prev = w;
+    }
+    const Floats before = constructed_weights(p.rows, p.cols, 21), q = reference_grid(weights(21), p.rows, n, false), after = master_of(p);
+    Floats want = before;
+    for (int r = 0; r < p.rows; r++) for (int i = 0; i < n; i++) {
+      const size_t k = (size_t)r * n + i;
+      if (dist_w[k] > 0 && dist_q[k] / dist_w[k] >= 8) { want[(size_t)r * p.cols + fp4[i]] = q[k]; reset++; }
+    }
+    wrong += differ(after, want);
+    for (int r = 0; r < p.rows; r++) for (int i = n; i < p.cols; i++) fp8_changed += after[(size_t)r * p.cols + order[i]] != before[(size_t)r * p.cols + order[i]];
+  }
+  check("with OutControl: the detector's grid is that of the gathered FP4 columns, as in plain C++; FP8 columns are left alone", wrong == 0 && fp8_changed == 0 && reset > 100, "%d differ, %d reset", wrong, reset);
+  finish(m);
+}
+// QuEST rounds H W: the weights swing in the rotated coordinates, and are put on the grid there.
+inline void test_osci_reset_rotated() {
+  Options o;
+  o.recipe = "quartet"; o.steps = 100; o.warmup = 0; o.seed = 3;
+  o.oscillation = "osci-reset"; o.osci_start = 40; o.osci_period = 40; o.osci_detect = 20;
+  Model m;
+  start(m, o, small_llama(), 1, 16);
+  // In groups of 32, standard deviation about .025: QuEST's step is 2^-6. Every other group has a weight that swings about .75 * 2^-6, a middle of the grid.
+  auto rotated = [](int rows, int cols, int t) {
+    Floats v((size_t)rows * cols);
+    for (int r = 0; r < rows; r++) for (int c = 0; c < cols; c++) {
+      v[(size_t)r * cols + c] = (c % 2 ? -1 : 1) * 0.001f * (float)((r * 7 + c * 13) % 45);
+      if (c % 64 == 1) v[(size_t)r * cols + c] = 0.75f * 0x1p-6f + (t % 2 ? 0.0003f : -0.0003f);
+    }
+    return v;
+  };
+  auto rotate = [](const Floats& v) {                         // H is its own inverse
+    Floats w(v.size());
+    for (size_t g = 0; g < v.size(); g += 32) {
+      const reference::Array part = reference::rht(reference::Array(v.begin() + g, v.begin() + g + 32), 0);
+      for (int i = 0; i < 32; i++) w[g + i] = (float)part[i];
+    }
+    return w;
+  };
+  for (int t = 40; t <= 61; t++) {
+    for (const Param& p : m.params) if (p.watched) set_param(p, rotate(rotated(p.rows, p.cols, t)).data());
+    oscillation_step(m, t, nullptr);
+  }
+  int swinging = 0, on_grid = 0, other_bits = 0;
+  double others = 0;
+  for (const Param& p : m.params) {
+    if (!p.watched) continue;
+    const Floats before = rotated(p.rows, p.cols, 61), w_before = rotate(before), w = master_of(p), after = rotate(w);
+    for (size_t k = 0; k < after.size(); k++) {
+      const size_t c = k % p.cols;
+      if (c % 64 == 1) { swinging++; on_grid += std::fabs(after[k] - 0x1p-6) < 1e-7 || std::fabs(after[k] - 0x1p-7) < 1e-7; }
+      else { const double e = std::fabs(after[k] - before[k]); if (!(e <= others)) others = e; }
+      if (c % 64 >= 32) other_bits += w[k] != w_before[k];
+    }
+  }
+  check("a recipe that rotates W: weights that swing there are put on the grid there, their neighbours stay within FP32's rounding", on_grid == swinging && others < 1e-7, "%d of %d, others off by %.1e", on_grid, swinging, others);
+  check("and groups without such a weight keep their bits", other_bits == 0, "%d differ", other_bits);
+  finish(m);
+}
+
 // ------------------------------------------------------------------ a linear layer alone
 struct Layer {
   int T, K, N;
@@ -640,7 +736,6 @@ constexpr double kResult = sizeof(floatX) == 2 ? 4e-3 : 2e-6;
 // ------------------------------------------------------------------ Q-EMA
 // Codes, as values, and what they are multiplied by.
 inline Floats packed_codes(const Operand4& p, const uint8_t* codes) {
-  Device<uint8_t> dummy(1);
   std::vector<uint8_t> bytes((size_t)p.rows * p.ld / 2);
   to_host(bytes.data(), codes, bytes.size());
   Floats v((size_t)p.rows * p.cols);
@@ -760,6 +855,30 @@ inline void test_out_control() {
     const double with = rel_error(from_x(layer.y.get()), exact), without = rel_error(from_x(plain.y.get()), exact);
     check(order_name + "the product of data with outliers in 20 % of the columns comes out nearer to the truth", with < 0.6 * without, "relative error %.3f instead of %.3f", with, without);
   }
+  {                                                  // double quantization: dgrad starts from what the forward used, FP8 columns included
+    const std::vector<int> order = outlier_order(sums, fp8, true);
+    Device<int> columns(order);
+    const OutlierLayer split = {K, fp8, columns.p, nullptr};
+    Layer layer(row_with("fqt", {"dgrad.format=exact", "dgrad.w.source=forward"}), T, K, N, x, w, dy);
+    layer.how.split = &split;
+    layer.forward();
+    layer.backward();
+    using namespace reference_control;
+    Floats used((size_t)N * K);
+    for (bool eight : {false, true}) {
+      const std::vector<int> set(eight ? order.end() - fp8 : order.begin(), eight ? order.end() : order.end() - fp8);
+      const Floats ws = columns_of(layer.w, N, K, set), q = eight ? mxfp8(ws, N, (int)set.size()) : reference_control::nvfp4(ws, N, (int)set.size());
+      for (int j = 0; j < N; j++) for (size_t i = 0; i < set.size(); i++) used[(size_t)j * K + set[i]] = q[j * set.size() + i];
+    }
+    reference::Array dx((size_t)T * K, 0.), original((size_t)T * K, 0.);
+    multiply(dx, layer.dy, reference_control::transposed(used, N, K), T, K, N);
+    multiply(original, layer.dy, reference_control::transposed(layer.w, N, K), T, K, N);
+    auto part = [&](const reference::Array& all, bool eight) { reference::Array y; for (int t = 0; t < T; t++) for (int i = eight ? K - fp8 : 0; i < (eight ? K : K - fp8); i++) y.push_back(all[(size_t)t * K + order[i]]); return y; };
+    const Floats got = from_x(layer.dx.get());
+    const reference::Array all(got.begin(), got.end());
+    const double e4 = rel_error(part(all, false), part(dx, false)), e8 = rel_error(part(all, true), part(dx, true)), wrong = rel_error(part(all, true), part(original, true));
+    check("double quantization: dX comes from the forward's own FP4 and FP8 weights", e4 < kResult && e8 < kResult && wrong > 2 * kResult, "relative errors %.1e %.1e; FP8 columns from the original weights would differ by %.1e", e4, e8, wrong);
+  }
   for (const char* name : {"tetrajet2", "quartet", "fp4-dge", "nvfp4"}) {        // any recipe: gradients point where BF16's do
     const std::vector<int> order = outlier_order(sums, fp8, true);
     Device<int> columns(order);
@@ -849,11 +968,6 @@ struct Batch {
   Batch(int B_, int S_, int vocab) : B(B_), S(S_), tokens(B_ * S_), targets(B_ * S_) { Rng rng(5); for (int& t : tokens) t = rng.below(vocab); for (int& t : targets) t = rng.below(vocab); }
   double gradients(Model& m, int step) const { return accumulate_gradients(m, B, S, 1, (uint32_t)step, [&](int) { load_batch(m, tokens.data(), targets.data(), B, S); }); }
 };
-inline ModelConfig small_llama() {                       // 96 channels: OutControl takes 32 of them
-  ModelConfig c = tiny_llama();
-  c.channels = 96; c.heads = 6; c.kv_heads = 3; c.ffn = 192; c.vocab = 64;
-  return c;
-}
 
 inline void test_switches() {
   const Batch batch(2, 32, 60);
@@ -1010,6 +1124,8 @@ inline void test_control_runs() {
                         {"Q-Ramping inside a window", "--recipe tetrajet --oscillation q-ramping --warmup 0 --osci-start 3 --osci-period 3 --osci-detect 1", "longer steps"},
                         {"Q-Ramping with periods", "--recipe tetrajet --oscillation q-ramping --osci-start 0 --osci-period 4 --osci-detect 2 --warmup 0 --adam-m bf16", "longer steps"},
                         {"OutControl inside its choice", "--recipe nvfp4 --outliers outcontrol --outlier-start 2 --outlier-steps 3", "from now on in MXFP8"},
+                        {"OutControl and OsciReset together", "--recipe tetrajet2 --outliers outcontrol --outlier-start 1 --outlier-steps 1 --oscillation osci-reset --warmup 0 --osci-start 3 --osci-period 3 --osci-detect 1 --osci-tau 2", "were reset"},
+                        {"OutControl and Q-EMA together", "--recipe tetrajet --outliers outcontrol --outlier-start 1 --outlier-steps 1 --oscillation q-ema", "from now on in MXFP8"},
                         {"OCC", "--recipe nvfp4 --outliers occ --set occ=0.98", "occ: quantile"},
                         {"BF16 forward from the middle", "--recipe quartet2 --bf16-from 0.5", "from now on the forward pass"},
                         {"fqt's monitor and trigger", "--recipe fqt --bf16-trigger fqt --fqt-every 2", "gradient over quantization noise"}};
@@ -1033,7 +1149,7 @@ inline void test_control_runs() {
 inline void test_control() {
   using namespace control_tests;
   test_optimizer_states();
-  if (section("oscillation control")) { test_windows(); test_oscillation_kernels(); test_osci_reset(); test_q_ema(); }
+  if (section("oscillation control")) { test_windows(); test_oscillation_kernels(); test_osci_reset(); test_osci_reset_columns(); test_osci_reset_rotated(); test_q_ema(); }
   if (section("outlier control")) {
     test_outlier_kernels();
     test_occ_split<kRowLanes>();

@@ -52,11 +52,12 @@ inline Recipe recipe_named(const char* name) {
   return find_recipe(o);
 }
 // A model ready to train; weights from a directory, or random.
-inline void make_model(Model& m, const ModelConfig& config, const char* recipe, int B, int S, const std::string& weights = "") {
+inline void make_model(Model& m, const ModelConfig& config, const char* recipe, int B, int S, const std::string& weights = "", GemmWay way = GemmWay::emulated) {
   m.config = config;
   m.recipe = recipe_named(recipe);
   m.bf16 = recipe_named("bf16");
   m.B = B; m.S = S; m.V = round_up(config.vocab, 128); m.training = true; m.seed = 1;
+  m.scratch.ways = {way, way, way};
   make_params(m);
   allocate_model(m, false);
   if (weights.empty()) init_weights(m); else load_weights(m, weights);
@@ -272,6 +273,24 @@ inline void test_training() {
     check("nvfp4 with all blocks kept in BF16 equals bf16", d == all_gradients(n));
     free_model(m);
     free_model(n);
+  }
+  for (const char* recipe : {"nvfp4", "tetrajet", "quartet2"}) {   // the FP4 tensor-core GEMM, here on the model of its instruction
+    const int steps = std::string(recipe) == "nvfp4" ? 20 : 3;
+    std::vector<float> weights[2];
+    for (GemmWay way : {GemmWay::emulated, GemmWay::mma}) {
+      Model m;
+      make_model(m, tiny_llama(), recipe, 2, 32, "", way);
+      for (int step = 0; step < steps; step++) {
+        accumulate_gradients(m, 2, 32, 1, (uint32_t)step, [&](int) { load_batch(m, tokens.data(), targets.data(), 2, 32); });
+        gradient_norm(m, 1);
+        update(m, {3e-3f, 0.9f, 0.95f, 1e-8f, 0, step + 1}, 0);
+      }
+      std::vector<float>& w = weights[way == GemmWay::mma];
+      w.resize(m.elements);
+      to_host(w.data(), m.master, m.elements);
+      free_model(m);
+    }
+    check(std::string(recipe) + ": " + std::to_string(steps) + " steps through the mma kernel on packed codes give the bits of the emulation", weights[0] == weights[1], "relative difference %.1e", rel_error(weights[0], weights[1]));
   }
   {                                                            // a GPT-2 learns too (biases, learned positions, GELU)
     ModelConfig c;

@@ -329,8 +329,11 @@ inline void test_recipe_bit_equality() {
   std::string group;
   Mismatches m;
   size_t options = 0;
-  auto finish = [&] { if (!group.empty()) m.report(group + ": bit-equal codes, scales, values, padding under " + std::to_string(options) +
-      " sets of options"); m = Mismatches(); options = 0; };
+  auto finish = [&] {
+    if (!group.empty()) m.report(group + ": bit-equal codes, scales, values, padding under " + std::to_string(options) + " sets of options");
+    m = Mismatches();
+    options = 0;
+  };
   Rng rng(101);
   for (const std::string& text : operand_texts()) {
     const std::string format = text.substr(0, text.find(' '));
@@ -843,7 +846,7 @@ inline void test_gaussian_layers() {
     bool good = true;
     double want_l2[3], want_gain[3];
     for (int i = 0; i < 3; i++) {
-      double squared = i < 2 ? 3e-6 : 0, gain = 1;                              // Y and dX are rounded to BF16
+      double squared = i < 2 && sizeof(floatX) == 2 ? 3e-6 : 0, gain = 1;       // Y and dX are rounded to BF16
       for (const Operand& o : e->gemm[i]) { squared += o.e; gain *= o.g; }
       want_l2[i] = std::sqrt(squared);
       want_gain[i] = gain;
@@ -1000,13 +1003,11 @@ inline void test_mxfp4_through_e4m3() {
     const std::vector<uint8_t> got = bytes.host(), tiles = tiled(want.scales, rows, blocks);
     for (size_t i = 0; i < tiles.size(); i++) scales.add(got[i] == tiles[i], "scale byte", (double)i, got[i], tiles[i]);
     const double f = factor.host()[0];
-    long long lost = 0;
     for (int r = 0; r < rows; r++)
       for (int c = 0; c < cols; c++) {
         const size_t i = (size_t)r * exact.width + c;
         const double through = reference::e2m1_value(exact.codes[i]) * reference::e4m3_value(want.scales[(size_t)r * blocks + c / 16]) * f;
-        if (through != exact.value(i)) { values.add(through == 0, "value", (double)i, through, exact.value(i)); lost += c % 32 == 0; }
-        else values.add(true, "", 0, 0, 0);
+        values.add(through == exact.value(i) || through == 0, "value", (double)i, through, exact.value(i));
       }
     counted = counted && flushed.host()[0] == (unsigned)want.flushed && bytes.guard_intact() && flushed.guard_intact() && factor.guard_intact() &&
         largest.guard_intact() && (spread <= 17) == (want.flushed == 0);
@@ -1171,7 +1172,7 @@ inline void test_recipe_gradients() {
         compared++;
         check(row.name +
             ": the gradient of a tiny Llama has its cosine and norm ratio to BF16's; the same bits twice, others at another step if it is random",
-            again && moves && std::fabs(c - e.cosine) < margin && std::fabs(r - e.ratio) < 2.5 * margin,
+            again && moves && std::fabs(c - e.cosine) < margin && std::fabs(r - e.ratio) < (e.cosine == 1 ? 1e-6 : e.cosine > .98 ? .03 : .1),
               "cosine %.4f, expected %.3f; norm ratio %.4f, expected %.2f", c, e.cosine, r, e.ratio);
       }
     free_model(m);

@@ -135,7 +135,7 @@ __global__ void adamw_state_kernel(float* master, floatX* copy, AdamState s, con
     const size_t i = element(j);
     m1[j] = 0; random[j] = 0; rests[j] = true;
     if (i >= n) continue;
-    float g = grad[i] * clip, times = 1;
+    float g = __fmul_rn(grad[i], clip), times = 1;
     m1[j] = state_load<kM>(s.m, i, scale);
     if (kM != StateFormat::fp32 || kV != StateFormat::fp32) {
       if (j % 4 == 0) words = random_block(key, i / 4);
@@ -154,8 +154,9 @@ __global__ void adamw_state_kernel(float* master, floatX* copy, AdamState s, con
     if (!rests[j]) {
       float w = master[i], m2 = state_load<kV>(s.v, i, 1);
       w *= times == 1 ? f.decay : 1 - times * (1 - f.decay);
-      m1[j] += f.one_minus_beta1 * (g - m1[j]);
-      m2 = f.beta2 * m2 + f.one_minus_beta2 * g * g;
+      // Each operation rounded by itself: a state that is then rounded to few bits must not depend on which of them a compiler fuses.
+      m1[j] = __fadd_rn(m1[j], __fmul_rn(f.one_minus_beta1, __fsub_rn(g, m1[j])));
+      m2 = __fadd_rn(__fmul_rn(f.beta2, m2), __fmul_rn(__fmul_rn(f.one_minus_beta2, g), g));
       w -= times * f.step_size * (m1[j] / (sqrtf(m2) / f.sqrt_bias2 + f.eps));
       master[i] = w;
       if (copy) copy[i] = from_float<floatX>(w);

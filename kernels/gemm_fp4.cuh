@@ -268,12 +268,12 @@ __device__ inline void fp4_store(const GemmFp4& g, float alpha, int row, int col
       Vec<T, 4> out;
       if (g.accumulate) out = load_vec<4>(d);
 #pragma unroll
-      for (int i = 0; i < 4; i++) { const float y = alpha * sum[i]; out.v[i] = from_float<T>(g.accumulate ? y + to_float(out.v[i]) : y); }
+      for (int i = 0; i < 4; i++) { const float y = __fmul_rn(alpha, sum[i]); out.v[i] = from_float<T>(g.accumulate ? __fadd_rn(y, to_float(out.v[i])) : y); }
       store_vec(d, out);
     } else {
 #pragma unroll
       for (int i = 0; i < 4; i++)
-        if (column + i < g.N) { const float y = alpha * sum[i]; d[i] = from_float<T>(g.accumulate ? y + to_float(d[i]) : y); }
+        if (column + i < g.N) { const float y = __fmul_rn(alpha, sum[i]); d[i] = from_float<T>(g.accumulate ? __fadd_rn(y, to_float(d[i])) : y); }
     }
   };
   if (g.d_fp32) store((float*)g.D + at); else store((floatX*)g.D + at);

@@ -10,6 +10,7 @@
 #pragma once
 #include "estimator.cuh"
 #include "gemm.cuh"
+#include "gemm_fp4.cuh"
 #include "quantize.cuh"
 #include "recipe.cuh"
 
@@ -42,6 +43,9 @@ struct LinearScratch {
   float* scalars = nullptr;                 // amax of operand 1, amax of operand 2, alpha
   float* rotated = nullptr;                 // linear_scratch_elements(...), if linear_needs_rotated(recipe): an operand before rounding, or a
                                             // gradient before un-rotation
+  Fp4Ways ways;                             // what multiplies FP4 operands: the emulation, or FP4 tensor cores, which take them packed:
+  uint8_t *codes[2] = {}, *scales[2] = {};  // elements/2 and elements/16 bytes; only where a way is native
+  float* outer[2] = {};                     // elements/128
 };
 // Elements that one quantized operand of a layer with these shapes may take, whatever the size of its rotation.
 inline size_t linear_scratch_elements(int T, int K, int N) {
@@ -88,11 +92,19 @@ template <class Want> void want_linear_saved(LinearSaved& s, const Recipe& r, in
 }
 
 // ------------------------------------------------------------------ operands
-// An operand ready for the GEMM. amax: null for a tensor that is not quantized.
-struct ReadyOperand { const floatX* data; int ld; bool transposed; const float* amax; OperandRecipe how; };
+// An operand ready for the GEMM. amax: null for a tensor that is not quantized. data: null where it is packed.
+struct ReadyOperand { const floatX* data; int ld; bool transposed; const float* amax; OperandRecipe how; Operand4 packed; };
 
-// Which operand of which GEMM of which layer: what its random numbers depend on, and its place in the scratch memory.
-struct OperandPlace { OperandIndex which, first; LinearKey key; };      // first: operand 1 of the same GEMM
+// How the GEMM of two such operands runs: on FP4 tensor cores where both are FP4 with the same scales and there is a way for these.
+inline GemmWay fp4_way_of(const OperandRecipe& a, const OperandRecipe& b, const Fp4Ways& ways) {
+  if (a.format != b.format || a.outer != b.outer) return GemmWay::emulated;
+  if (a.format == Format::mxfp4) return ways.mx;
+  if (a.format != Format::nvfp4) return GemmWay::emulated;
+  return a.outer == Outer::b1x128 ? ways.outer : ways.plain;
+}
+
+// Which operand of which GEMM of which layer: what its random numbers depend on, and its place in the scratch memory; and how that GEMM runs.
+struct OperandPlace { OperandIndex which, first; LinearKey key; GemmWay way; };      // first: operand 1 of the same GEMM
 inline QuantizeHow quantize_how(const OperandRecipe& how, OperandPlace place, bool transpose) {
   const SignBits signs = rotation_signs(how, place.first, place.key);
   QuantizeHow q;
@@ -111,27 +123,34 @@ inline Operand4 operand_frame(const OperandRecipe& how, OperandPlace place, int 
   out.rows = transpose ? cols : rows;
   out.cols = transpose ? rows : cols;
   out.ld = operand_ld(rotated_cols(out.cols, how.rht));
-  if (!out.values) out.values = s.values[slot];
   if (!out.amax) out.amax = s.scalars + slot;
+  if (place.way == GemmWay::emulated) {
+    if (!out.values) out.values = s.values[slot];
+  } else {                                                              // packed, and nothing else
+    if (!out.codes) out.codes = s.codes[slot];
+    if (!out.scales) out.scales = s.scales[slot];
+    if (!out.outer && how.outer == Outer::b1x128) out.outer = s.outer[slot];
+  }
   return out;
 }
 // x is [rows, cols] in memory; with `transpose` the operand is x^T. save: where its packed form is kept, or null.
 inline ReadyOperand prepare_operand(const OperandRecipe& how, OperandPlace place, const floatX* x, int rows, int cols, bool transpose,
                                     const LinearScratch& s, Operand4* save = nullptr) {
-  if (how.format == Format::bf16) return {x, cols, transpose, nullptr, how};
+  if (how.format == Format::bf16) return {x, cols, transpose, nullptr, how, {}};
   const Operand4 out = operand_frame(how, place, rows, cols, transpose, s, save);
   quantize(out, x, quantize_how(how, place, transpose), {s.tiles, s.rotated});
   if (save) { save->rows = out.rows; save->cols = rotated_cols(out.cols, how.rht); save->ld = out.ld; }
-  return {out.values, out.ld, false, out.amax, how};
+  return {out.values, out.ld, false, out.amax, how, out};
 }
 // Double quantization: the transpose of what the forward pass computed with.
 inline ReadyOperand prepare_forward_operand(const OperandRecipe& how, OperandPlace place, const Operand4& saved, const OperandRecipe& saved_how,
                                             const LinearScratch& s) {
   const Operand4 out = operand_frame(how, place, saved.rows, saved.cols, true, s, nullptr);
   quantize(out, saved, saved_how, quantize_how(how, place, true), {s.tiles, s.rotated});
-  return {out.values, out.ld, false, out.amax, how};
+  return {out.values, out.ld, false, out.amax, how, out};
 }
-inline void run_gemm(Gemm g, const ReadyOperand& a, const ReadyOperand& b, const LinearScratch& s) {
+inline void run_gemm(Gemm g, const ReadyOperand& a, const ReadyOperand& b, const LinearScratch& s, GemmWay way) {
+  const int K = rotated_cols(g.K, a.how.rht);
   g.A = a.data; g.lda = a.ld; g.a_transposed = a.transposed;
   g.B = b.data; g.ldb = b.ld; g.b_transposed = b.transposed;
   if (a.amax && b.amax) g.K = a.ld;          // the padding too: zeros, except in a last group that was rotated and is full
@@ -139,7 +158,13 @@ inline void run_gemm(Gemm g, const ReadyOperand& a, const ReadyOperand& b, const
     gemm_alpha(s.scalars + 2, a.amax, b.amax, a.how, b.how);
     g.alpha = s.scalars + 2;
   }
-  gemm(g);
+  if (way == GemmWay::emulated) return gemm(g);
+  GemmFp4 f;
+  f.M = g.M; f.N = g.N; f.K = K; f.lda = a.ld; f.ldb = b.ld; f.mx = a.how.format == Format::mxfp4;
+  f.a_codes = a.packed.codes; f.a_scales = a.packed.scales; f.a_outer = a.how.outer == Outer::b1x128 ? a.packed.outer : nullptr;
+  f.b_codes = b.packed.codes; f.b_scales = b.packed.scales; f.b_outer = b.how.outer == Outer::b1x128 ? b.packed.outer : nullptr;
+  f.D = g.D; f.ldd = g.ldd; f.d_fp32 = g.d_fp32; f.accumulate = g.accumulate; f.alpha = g.alpha;
+  gemm_fp4(f, way);
 }
 
 // ------------------------------------------------------------------ the layer
@@ -147,19 +172,21 @@ inline void run_gemm(Gemm g, const ReadyOperand& a, const ReadyOperand& b, const
 inline void linear_forward(floatX* Y, const floatX* X, const floatX* W, int T, int K, int N, const Recipe& r, LinearKey key,
                            const LinearScratch& s, LinearSaved* saved = nullptr) {
   // Outlier control (outliers.cuh) works around this function: it hands in X clamped, or some columns of X and W, and adds the rest to Y.
-  const ReadyOperand x = prepare_operand(r.fprop.x, {kFpropX, kFpropX, key}, X, T, K, false, s, saved && saves_x(r) ? &saved->x : nullptr);
-  const ReadyOperand w = prepare_operand(r.fprop.w, {kFpropW, kFpropX, key}, W, N, K, false, s, saved && saves_w(r) ? &saved->w : nullptr);
+  const GemmWay way = fp4_way_of(r.fprop.x, r.fprop.w, s.ways);
+  const ReadyOperand x = prepare_operand(r.fprop.x, {kFpropX, kFpropX, key, way}, X, T, K, false, s, saved && saves_x(r) ? &saved->x : nullptr);
+  const ReadyOperand w = prepare_operand(r.fprop.w, {kFpropW, kFpropX, key, way}, W, N, K, false, s, saved && saves_w(r) ? &saved->w : nullptr);
   Gemm g;
   g.M = T; g.N = N; g.K = K; g.D = Y; g.ldd = N;
-  run_gemm(g, x, w, s);
+  run_gemm(g, x, w, s, way);
 }
 
 // What linear_forward() with the same arguments saves, without its GEMM: for a caller who would rather quantize X and W again than keep them
 // packed. The same key gives the same random numbers, hence the same codes.
 inline void linear_save(const floatX* X, const floatX* W, int T, int K, int N, const Recipe& r, LinearKey key, const LinearScratch& s,
                         LinearSaved* saved) {
-  if (saves_x(r)) prepare_operand(r.fprop.x, {kFpropX, kFpropX, key}, X, T, K, false, s, &saved->x);
-  if (saves_w(r)) prepare_operand(r.fprop.w, {kFpropW, kFpropX, key}, W, N, K, false, s, &saved->w);
+  const GemmWay way = fp4_way_of(r.fprop.x, r.fprop.w, s.ways);
+  if (saves_x(r)) prepare_operand(r.fprop.x, {kFpropX, kFpropX, key, way}, X, T, K, false, s, &saved->x);
+  if (saves_w(r)) prepare_operand(r.fprop.w, {kFpropW, kFpropX, key, way}, W, N, K, false, s, &saved->w);
 }
 
 // dX = dY W; or from the forward's rotated W: dX = (dY Wh * mask) H
@@ -167,15 +194,16 @@ inline void linear_dgrad(floatX* dX, const floatX* dY, const floatX* W, int T, i
                          const LinearScratch& s, const LinearSaved* saved = nullptr) {
   const bool doubled = from_forward_pass(r.dgrad.w), masked = r.estimator.x == Estimator::quest_mask;
   if ((doubled || masked) && !saved) die("linear_dgrad: recipe %s needs what the forward pass saved", r.name.c_str());
-  const ReadyOperand dy = prepare_operand(r.dgrad.dy, {kDgradDy, kDgradDy, key}, dY, T, N, false, s);
-  const ReadyOperand w = doubled ? prepare_forward_operand(r.dgrad.w, {kDgradW, kDgradDy, key}, saved->w, r.fprop.w, s)
-                                 : prepare_operand(r.dgrad.w, {kDgradW, kDgradDy, key}, W, N, K, true, s);
+  const GemmWay way = fp4_way_of(r.dgrad.dy, r.dgrad.w, s.ways);
+  const ReadyOperand dy = prepare_operand(r.dgrad.dy, {kDgradDy, kDgradDy, key, way}, dY, T, N, false, s);
+  const ReadyOperand w = doubled ? prepare_forward_operand(r.dgrad.w, {kDgradW, kDgradDy, key, way}, saved->w, r.fprop.w, s)
+                                 : prepare_operand(r.dgrad.w, {kDgradW, kDgradDy, key, way}, W, N, K, true, s);
   const int rht = doubled ? r.fprop.w.rht : 0, width = rotated_cols(K, rht);
   Gemm g;
   g.M = T; g.N = width; g.K = N; g.D = dX; g.ldd = width;
-  if (!rht && !masked) return run_gemm(g, dy, w, s);
+  if (!rht && !masked) return run_gemm(g, dy, w, s, way);
   g.D = s.rotated; g.d_fp32 = true;
-  run_gemm(g, dy, w, s);
+  run_gemm(g, dy, w, s, way);
   unrotate(dX, s.rotated, masked ? saved->x.mask : nullptr, saved->x.ld / 32, T, K, rht, rotation_signs(r.fprop.w, kFpropX, key), false);
 }
 
@@ -184,15 +212,16 @@ inline void linear_wgrad(float* dW, const floatX* dY, const floatX* X, int T, in
                          const LinearScratch& s, const LinearSaved* saved = nullptr, const floatX* W = nullptr) {
   const bool doubled = from_forward_pass(r.wgrad.x), masked = r.estimator.w == Estimator::quest_mask, with_dge = uses_dge(r);
   if (((doubled || masked || with_dge) && !saved) || (with_dge && !W)) die("linear_wgrad: recipe %s needs what the forward pass saved", r.name.c_str());
-  const ReadyOperand dy = prepare_operand(r.wgrad.dy, {kWgradDy, kWgradDy, key}, dY, T, N, true, s);
-  const ReadyOperand x = doubled ? prepare_forward_operand(r.wgrad.x, {kWgradX, kWgradDy, key}, saved->x, r.fprop.x, s)
-                                 : prepare_operand(r.wgrad.x, {kWgradX, kWgradDy, key}, X, T, K, true, s);
+  const GemmWay way = fp4_way_of(r.wgrad.dy, r.wgrad.x, s.ways);
+  const ReadyOperand dy = prepare_operand(r.wgrad.dy, {kWgradDy, kWgradDy, key, way}, dY, T, N, true, s);
+  const ReadyOperand x = doubled ? prepare_forward_operand(r.wgrad.x, {kWgradX, kWgradDy, key, way}, saved->x, r.fprop.x, s)
+                                 : prepare_operand(r.wgrad.x, {kWgradX, kWgradDy, key, way}, X, T, K, true, s);
   const int rht = doubled ? r.fprop.x.rht : 0, width = rotated_cols(K, rht);
   Gemm g;
   g.M = N; g.N = width; g.K = T; g.D = dW; g.ldd = width; g.d_fp32 = true; g.accumulate = true;
-  if (!rht && !masked && !with_dge) return run_gemm(g, dy, x, s);
+  if (!rht && !masked && !with_dge) return run_gemm(g, dy, x, s, way);
   g.D = s.rotated; g.accumulate = false;
-  run_gemm(g, dy, x, s);
+  run_gemm(g, dy, x, s, way);
   if (with_dge) dge(dW, s.rotated, W, saved->w, r.fprop.w, r.dge_k, N, K);
   else unrotate(dW, s.rotated, masked ? saved->w.mask : nullptr, saved->w.ld / 32, N, K, rht, rotation_signs(r.fprop.x, kFpropX, key), true);
 }

@@ -202,11 +202,12 @@ template <class T> __global__ void round_toward_kernel(Operand4 p, OperandRecipe
 struct TowardAverage { const float* average = nullptr; GridScratch packed; };
 // linear_forward() with the weights rounded toward their average. What is saved for the backward pass is rounded so as well.
 inline void linear_forward_toward(floatX* Y, const floatX* X, const floatX* W, int T, int K, int N, const Recipe& r, LinearKey key, const LinearScratch& s, LinearSaved* saved, const TowardAverage& q) {
-  const ReadyOperand x = prepare_operand(r.fprop.x, {kFpropX, kFpropX, key}, X, T, K, false, s, saved && saves_x(r) ? &saved->x : nullptr);
+  const GemmWay way = fp4_way_of(r.fprop.x, r.fprop.w, s.ways);
+  const ReadyOperand x = prepare_operand(r.fprop.x, {kFpropX, kFpropX, key, way}, X, T, K, false, s, saved && saves_x(r) ? &saved->x : nullptr);
   Operand4 own;
   own.codes = q.packed.codes; own.scales = q.packed.scales; own.outer = q.packed.outer;
   Operand4* const kept = saved && saves_w(r) ? &saved->w : &own;
-  const OperandPlace place = {kFpropW, kFpropX, key};
+  const OperandPlace place = {kFpropW, kFpropX, key, way};
   const ReadyOperand w = prepare_operand(r.fprop.w, place, W, N, K, false, s, kept);
   Operand4 p = operand_frame(r.fprop.w, place, N, K, false, s, kept);
   p.cols = rotated_cols(K, r.fprop.w.rht);
@@ -218,5 +219,5 @@ inline void linear_forward_toward(floatX* Y, const floatX* X, const floatX* W, i
   }
   Gemm g;
   g.M = T; g.N = N; g.K = K; g.D = Y; g.ldd = N;
-  run_gemm(g, x, w, s);
+  run_gemm(g, x, w, s, way);
 }

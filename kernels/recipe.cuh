@@ -253,9 +253,9 @@ inline std::vector<RecipeField> recipe_fields(Recipe r) {
   std::vector<RecipeField> all;
   auto number = [](float v) { char s[32]; snprintf(s, sizeof s, "%g", v); return std::string(s); };
   for (auto& [name, o] : recipe_operands(r)) {
-    const std::string operand = name;
+    const std::string operand = name, rht = std::to_string(o->rht);
     for_each_word(*o, [&](const char* field, auto value, const Words& words) {
-      if (!strcmp(field, "signs")) all.push_back({operand + ".rht", std::to_string(o->rht), joined(rht_words())});     // before signs, which setting rht may change
+      if (!strcmp(field, "signs")) all.push_back({operand + ".rht", rht, joined(rht_words())});     // before signs, which setting rht may change
       all.push_back({operand + "." + field, word_of(words, value), joined(words)});
     });
   }
