@@ -54,6 +54,8 @@ CPUFLAGS := -std=c++17 -O3 -march=native -ffp-contract=off -fno-math-errno $(WAR
 ifneq ($(SANITIZE),)
   CPUFLAGS := $(patsubst -O3,-O1,$(CPUFLAGS)) $(SANITIZERS)
 endif
+# The tests are compiled with less optimization: they are long, and their own speed hardly matters.
+TESTFLAGS := $(patsubst -O3,-O2,$(CPUFLAGS))
 GENCODE   = $(foreach a,$(1),-gencode arch=compute_$(a),code=sm_$(a))
 NVFLAGS  := -std=c++17 -O3 -Xcompiler -Wall,-Wextra,-Wno-unknown-pragmas $(if $(FP32),-DFP32)
 
@@ -89,8 +91,8 @@ $(BUILD)/cuda_header_codecs.o: dev/cuda_header_codecs.cpp Makefile | say
 
 $(BUILD)/test_fp4: test_fp4.cu train_fp4.cu $(HEADERS) $(BUILD)/cuda_header_codecs.o Makefile | say
 	@mkdir -p $(BUILD)
-	$(COMPILE) $< -o $@.o -c
-	$(if $(CPU),$(CXX) $(CPUFLAGS),$(NVCC)) $@.o $(BUILD)/cuda_header_codecs.o -o $@ $(LINK)
+	$(if $(CPU),$(CXX) $(TESTFLAGS) -x c++,$(COMPILE)) $< -o $@.o -c
+	$(if $(CPU),$(CXX) $(TESTFLAGS),$(NVCC)) $@.o $(BUILD)/cuda_header_codecs.o -o $@ $(LINK)
 	@rm -f $@.o
 
 $(BUILD)/tokenize: data/tokenize.cpp $(wildcard data/*.h) Makefile | say

@@ -685,8 +685,10 @@ inline LayerData gaussian_layer(int T, int K, int N, uint64_t seed) {
 inline LayerRun run_layer(const Recipe& recipe, const LayerData& d, LinearKey key, bool x_kept = true) {
   const int T = d.T, K = d.K, N = d.N;
   auto load = [](const std::vector<float>& x) { return narrow<floatX>(widen(x)); };
+  std::vector<float> before((size_t)N * K);                                         // what dW holds already: it is added to
+  for (size_t i = 0; i < before.size(); i++) before[i] = (float)(i % 7) / 4;
   TestArray<floatX> X(load(d.X)), W(load(d.W)), dY(load(d.dY)), Y((size_t)T * N), dX((size_t)T * K);
-  TestArray<float> dW(std::vector<float>((size_t)N * K, 0.f)), scalars(3), rotated(linear_scratch_elements(T, K, N));
+  TestArray<float> dW(before), scalars(3), rotated(linear_scratch_elements(T, K, N));
   TestArray<floatX> first(linear_scratch_elements(T, K, N)), second(linear_scratch_elements(T, K, N));
   TestArray<uint32_t> tiles(linear_tile_words(T, K, N));
   LinearScratch scratch;
@@ -703,6 +705,7 @@ inline LayerRun run_layer(const Recipe& recipe, const LayerData& d, LinearKey ke
   if (!x_kept) X.set(std::vector<floatX>(X.n, from_float<floatX>(NAN)));          // what need not be kept must not be read
   linear_backward(dX.p, dW.p, dY.p, X.p, W.p, T, K, N, recipe, key, scratch, &saved);
   LayerRun r{widen(Y.host()), widen(dX.host()), widen(dW.host())};
+  for (size_t i = 0; i < before.size(); i++) r.dW[i] -= before[i];
   for (bool intact : {X.guard_intact(), W.guard_intact(), dY.guard_intact(), Y.guard_intact(), dX.guard_intact(), dW.guard_intact(),
       scalars.guard_intact(), rotated.guard_intact(), first.guard_intact(),
                       second.guard_intact(), tiles.guard_intact()}) r.guards = r.guards && intact;
