@@ -244,48 +244,53 @@ class Pool {
     for (auto& w : workers_) w.join();
   }
   int size() const { return in_forked_child ? 1 : (int)workers_.size() + 1; }
+  // A training step is about a thousand of these, most of them shorter than it takes to wake a thread: so a worker looks for the next
+  // one for a while before it goes to sleep (make run on two cores: 137 s without, 92 s with).
   void run(size_t n, void (*f)(const void*, size_t), const void* data) {
     if (n == 0) return;
     if (n == 1 || size() == 1) { for (size_t i = 0; i < n; i++) f(data, i); return; }
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      f_ = f; data_ = data; n_ = n; next_ = 0;
-      busy_ = (int)workers_.size();
-      job_++;
-    }
-    wake_.notify_all();
+    f_ = f; data_ = data; n_ = n; next_ = 0;
+    busy_ = (int)workers_.size();
+    job_++;
+    if (sleepers_ > 0) { std::lock_guard<std::mutex> lock(mutex_); wake_.notify_all(); }
     take();
-    std::unique_lock<std::mutex> lock(mutex_);
-    done_.wait(lock, [&] { return busy_ == 0; });
+    for (int spins = 0; busy_ > 0; spins++) if (spins < kSpins) pause(); else std::this_thread::yield();
   }
   static inline bool in_forked_child = false;
 
  private:
   void take() { for (size_t i; (i = next_.fetch_add(1)) < n_;) f_(data_, i); }
+  static constexpr int kSpins = 4000;              // about 100 microseconds
+  static void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+  }
   void worker() {
-    unsigned seen = 0;
-    for (;;) {
-      {
+    for (unsigned seen = 0;;) {
+      for (int spins = 0; spins < kSpins && job_ == seen && !stop_; spins++) pause();
+      if (job_ == seen && !stop_) {
         std::unique_lock<std::mutex> lock(mutex_);
+        sleepers_++;                               // before looking once more: run() counts the sleepers after it has changed job_
         wake_.wait(lock, [&] { return stop_ || job_ != seen; });
-        if (stop_) return;
-        seen = job_;
+        sleepers_--;
       }
+      if (stop_) return;
+      seen = job_;
       take();
-      std::lock_guard<std::mutex> lock(mutex_);
-      if (--busy_ == 0) done_.notify_one();
+      busy_--;
     }
   }
   std::vector<std::thread> workers_;
   std::mutex mutex_;
-  std::condition_variable wake_, done_;
+  std::condition_variable wake_;
   std::atomic<size_t> next_{0};
+  std::atomic<unsigned> job_{0};
+  std::atomic<int> busy_{0}, sleepers_{0};
+  std::atomic<bool> stop_{false};
   void (*f_)(const void*, size_t) = nullptr;
   const void* data_ = nullptr;
   size_t n_ = 0;
-  unsigned job_ = 0;
-  int busy_ = 0;
-  bool stop_ = false;
 };
 inline Pool& pool() {
   static Pool p([] {
