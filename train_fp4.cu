@@ -1433,6 +1433,17 @@ std::string time_text(double seconds) {
   return s;
 }
 
+// The recipe in a line for people; recipe_text() below has every field, for command.txt and checkpoints.
+std::string recipe_line(const Model& m) {
+  const Recipe& r = m.recipe;
+  if (!m.recipe.quantizes()) return r.name;
+  auto gemm = [](const char* name, const OperandRecipe& a, const OperandRecipe& b) { return std::string(name) + " " + operand_word(a) + " x " + operand_word(b); };
+  std::string s = r.name + ": " + gemm("fprop", r.fprop.x, r.fprop.w) + "; " + gemm("dgrad", r.dgrad.dy, r.dgrad.w) + "; " + gemm("wgrad", r.wgrad.dy, r.wgrad.x);
+  if (m.bf16_first) s += "; first " + std::to_string(m.bf16_first) + " blocks BF16";
+  if (m.bf16_last) s += "; last " + std::to_string(m.bf16_last) + " of " + std::to_string(m.config.layers) + " blocks BF16";
+  return s;
+}
+
 std::string recipe_text(const Model& m) {
   std::string s = m.recipe.name + ":";
   for (const RecipeField& f : recipe_fields(m.recipe)) s += " " + f.name + "=" + f.value;
@@ -1590,7 +1601,7 @@ int main(int argc, char** argv) {
   if (!native.empty()) printf("FP4      %s\n", native.c_str());
   printf("model    %s: %zu parameters, %d blocks, %d channels, %d heads (%d key/value) of %d, MLP %d, vocabulary %d%s\n", m.config.llama ? "Llama" : "GPT-2", count, m.config.layers,
          m.config.channels, m.config.heads, m.config.kv_heads, m.config.head_dim, m.config.ffn, m.config.vocab, weights.empty() ? "" : (", from " + weights).c_str());
-  printf("recipe   %s\n", recipe_text(m).c_str());
+  printf("recipe   %s\n", recipe_line(m).c_str());
   const std::string control = control_text(m, o);
   if (!control.empty()) printf("control %s\n", control.c_str());
   printf("data     %lld tokens to train on, %lld to validate on; %d sequences of %d tokens a step\n", (long long)train_data.tokens(), (long long)val_data.tokens(), o.total_batch / o.seq, o.seq);

@@ -275,6 +275,7 @@ inline void test_training() {
     free_model(n);
   }
   for (const char* recipe : {"nvfp4", "tetrajet", "quartet2"}) {   // the FP4 tensor-core GEMM, here on the model of its instruction
+    if (kFp32) { skip(std::string(recipe) + ": steps through the mma kernel give the bits of the emulation", "FP32 activations show roundings of the emulation's FP32 sums that BF16 hides"); continue; }
     const int steps = std::string(recipe) == "nvfp4" ? 20 : 3;
     std::vector<float> weights[2];
     for (GemmWay way : {GemmWay::emulated, GemmWay::mma}) {
