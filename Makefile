@@ -61,9 +61,10 @@ NVFLAGS  := -std=c++17 -O3 -Xcompiler -Wall,-Wextra,-Wno-unknown-pragmas $(if $(
 
 HEADERS := $(wildcard kernels/*.cuh data/*.h dev/*.h)
 
+# -rdynamic: --profile finds the names of the kernels in the program itself.
 ifneq ($(CPU),)
   COMPILE = $(CXX) $(CPUFLAGS) -x c++
-  LINK    =
+  LINK    = -rdynamic -ldl
 else
   COMPILE = $(NVCC) $(NVFLAGS) $(call GENCODE,$(ARCHS))
   LINK    = -lcublasLt

@@ -69,6 +69,7 @@ struct Options {
   // output
   std::string out;
   int val_every = 180, val_batches = 40, sample_every = 0, sample_length = 256, save_every = 0, keep = 2;
+  int profile = 0;
   std::string prompt;
   float temperature = 0.8f, top_p = 0.95f;
   bool resume = false, eval_only = false, list_recipes = false, help = false;
@@ -159,6 +160,7 @@ std::vector<Option> option_table(Options& o) {
   number("top-p", 0, &o.top_p, 0.0001, 1, "sample from the likeliest tokens that make up this probability");
   integer("save-every", 'n', &o.save_every, 0, 1 << 30, "write a checkpoint every N steps; 0: only at the end");
   integer("keep", 0, &o.keep, 0, 1 << 30, "checkpoints to keep; 0: all");
+  integer("profile", 0, &o.profile, 0, 100000, "after 3 steps, time every kernel of the next N, print the table, and stop; 0: never");
   flag("resume", 'y', &o.resume, "go on from the newest checkpoint in --out");
   flag("eval-only", 0, &o.eval_only, "print the loss over the whole validation data, and stop");
   flag("list-recipes", 0, &o.list_recipes, "print the table of recipes, and stop");
@@ -200,6 +202,7 @@ Options parse_options(int argc, char** argv) {
   if (!o.outliers.empty()) one_of("outliers", o.outliers, {"none", "outcontrol", "occ"});
   one_of("outlier-order", o.outlier_order, {"sorted", "memory"});
   if (o.bf16_trigger == "fqt" && o.fqt_every == 0) o.fqt_every = 100;
+  if (o.profile && o.steps < o.profile + 3) die_usage("--profile %d: takes %d steps, --steps allows %d", o.profile, o.profile + 3, o.steps);
   if (o.resume && o.out.empty()) die_usage("--resume needs --out DIR, the directory of the run to go on with");
   const long long micro = (long long)o.batch * o.seq;
   if (o.total_batch == 0) o.total_batch = (int)min(micro, (long long)INT32_MAX);
@@ -1487,6 +1490,7 @@ void train(Model& m, Options& o, const DataLoader& train_data, const DataLoader&
   if (state.step == 0) printf("step %5d/%d  val loss %.4f  (untrained)\n", 0, o.steps, validate(m, val_data, o.val_batches));
   while (state.step < o.steps && !interrupted) {
     const auto start = std::chrono::steady_clock::now();
+    profile.begin_step(3, o.profile);
     auto gradients = [&] {
       return accumulate_gradients(m, o.batch, o.seq, micro_batches, (uint32_t)state.step * micro_batches, [&](int i) {
         train_data.load_shuffled(state.sequences + (long long)i * o.batch, o.batch, inputs.data(), targets.data());
@@ -1505,6 +1509,7 @@ void train(Model& m, Options& o, const DataLoader& train_data, const DataLoader&
       die("step %d: the loss is %g and the gradient norm %g; nothing was updated. Lower --lr, or go on from the last checkpoint in %s with another --recipe", state.step + 1, loss, norm, o.out.c_str());
     update(m, {lr, o.beta1, o.beta2, o.eps, 0, state.step + 1}, o.weight_decay);
     device_sync();
+    if (profile.end_step()) { profile.print(); exit(0); }
     state.step++;
     state.sequences += (long long)micro_batches * o.batch;
     if (m.control.outliers == "outcontrol" && !m.control.chosen && state.step >= o.outlier_start + o.outlier_steps - 1) choose_outliers(m, state.step, &events);

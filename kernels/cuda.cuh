@@ -66,8 +66,10 @@ template <> __host__ __device__ inline bf16 from_float<bf16>(float f) { return t
 
 // ------------------------------------------------------------------ errors, launch
 #ifdef CPU_BUILD
+#include "profile.cuh"      // defines: ProfileSpan, which times what happens in its scope if a profile is asked for
 #define DYNAMIC_SHARED(T, name) T* name = (T*)cuda_on_cpu::dynamic_shared()
 template <class... P, class... A> void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, A... args) {
+  const ProfileSpan span((const void*)kernel);
   auto call = [=] { kernel(static_cast<P>(args)...); };
   cuda_on_cpu::launch(grid, block, shared_bytes, call);
 }
@@ -81,10 +83,12 @@ inline void cuda_check_at(cudaError_t e, const char* what, const char* file, int
 }
 #define CUDA_CHECK(call) cuda_check_at((call), #call, __FILE__, __LINE__)
 inline cudaStream_t main_stream = nullptr;                       // all work of the program is ordered on one stream
+#include "profile.cuh"      // defines: ProfileSpan, which times what happens in its scope if a profile is asked for
 // Runs kernel<<<grid, block, shared_bytes>>>(args...) and stops the program if it cannot be launched.
 template <class... P, class... A> void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, A... args) {
   if (shared_bytes > 48 * 1024)                                  // more than 48 KB must be asked for
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared_bytes));
+  const ProfileSpan span((const void*)kernel);
   kernel<<<grid, block, shared_bytes, main_stream>>>(static_cast<P>(args)...);
   CUDA_CHECK(cudaGetLastError());
 }
@@ -114,6 +118,7 @@ template <class T> void device_free(T* p) {
 #endif
 }
 template <class T> void to_device(T* device, const T* host, size_t n) {
+  const ProfileSpan span("copy to the device", 1.0 * n * sizeof(T));
 #ifdef CPU_BUILD
   if (n) memcpy(device, host, n * sizeof(T));
 #else
@@ -121,6 +126,7 @@ template <class T> void to_device(T* device, const T* host, size_t n) {
 #endif
 }
 template <class T> void to_host(T* host, const T* device, size_t n) {
+  const ProfileSpan span("copy to the host", 1.0 * n * sizeof(T));
 #ifdef CPU_BUILD
   if (n) memcpy(host, device, n * sizeof(T));
 #else
@@ -129,6 +135,7 @@ template <class T> void to_host(T* host, const T* device, size_t n) {
 #endif
 }
 template <class T> void device_copy(T* to, const T* from, size_t n) {
+  const ProfileSpan span("copy", 2.0 * n * sizeof(T));
 #ifdef CPU_BUILD
   if (n) memcpy(to, from, n * sizeof(T));
 #else
@@ -136,6 +143,7 @@ template <class T> void device_copy(T* to, const T* from, size_t n) {
 #endif
 }
 template <class T> void device_zero(T* p, size_t n) {
+  const ProfileSpan span("zero", 1.0 * n * sizeof(T));
 #ifdef CPU_BUILD
   if (n) memset((void*)p, 0, n * sizeof(T));
 #else

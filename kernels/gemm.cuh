@@ -32,6 +32,11 @@ struct Gemm {
   const float* alpha = nullptr;                                        // device scalar; null means 1
 };
 
+inline const char* gemm_layout(const Gemm& g) {           // for the profile
+  static const char* names[] = {"A B^T", "A^T B^T", "A B", "A^T B", "A B^T in FP32", "A^T B^T in FP32", "A B in FP32", "A^T B in FP32"};
+  return names[g.a_transposed + 2 * g.b_transposed + 4 * g.d_fp32];
+}
+
 #ifdef CPU_BUILD
 // ------------------------------------------------------------------ CPU: packed panels and a 6x16 register tile
 // Both operands are first rewritten as FP32 panels: A in strips of 6 rows, B in strips of 16, each strip k-major, so that the
@@ -77,6 +82,7 @@ inline void tile(float (&out)[kRows][kCols], const float* a, const float* b, int
 }  // namespace cpu_gemm
 
 inline void gemm(const Gemm& g) {
+  const ProfileSpan span("GEMM", g.M, g.N, g.K, gemm_layout(g));
   using namespace cpu_gemm;
   static std::vector<float> packed_a, packed_b;             // grow to the largest operand; gemm() is called by one thread
   const int strips_a = ceil_div(g.M, kRows), strips_b = ceil_div(g.N, kCols);
@@ -186,6 +192,7 @@ inline void gemm(const Gemm& g) {
   auto at = lt.plans.find(key);
   if (at == lt.plans.end()) at = lt.plans.emplace(key, make_plan(g)).first;
   const CublasLt::Plan& p = at->second;
+  const ProfileSpan span("GEMM", g.M, g.N, g.K, gemm_layout(g));
   cublas_check_at(cublasLtMatmul(lt.handle, p.desc, g.alpha ? g.alpha : lt.constants + 1, g.B, p.a, g.A, p.b, lt.constants + (g.accumulate ? 1 : 0), g.D, p.d, g.D, p.d,
                                  &p.algo, lt.workspace, CublasLt::kWorkspace, main_stream), "cublasLtMatmul", g);
 }

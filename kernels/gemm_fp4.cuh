@@ -160,6 +160,7 @@ inline void gemm_fp4_cublaslt(const GemmFp4& g) {
   Fp4Plan& p = at->second;
   fp4_set(p, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, &g.b_scales, sizeof g.b_scales, g);
   fp4_set(p, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, &g.a_scales, sizeof g.a_scales, g);
+  const ProfileSpan span("FP4 GEMM", g.M, g.N, g.K, g.d_fp32 ? "A B^T in FP32" : "A B^T");
   fp4_cublas_check(cublasLtMatmul(lt.handle, p.desc, g.alpha ? g.alpha : lt.constants + 1, g.b_codes, p.a, g.a_codes, p.b, lt.constants + (g.accumulate ? 1 : 0), g.D, p.d, g.D, p.d, &p.algo,
                                   lt.workspace, CublasLt::kWorkspace, main_stream), "cublasLtMatmul", g);
 }
