@@ -82,13 +82,12 @@ struct OperandOnDevice {
   TestArray<floatX> values;
   TestArray<float> outer, amax;
   TestArray<uint32_t> mask, groups;
-  TestArray<float> rotated;
   Operand4 out;
   static int wide(const OperandRecipe& o, int cols) { return rotated_cols(cols, o.rht); }
   OperandOnDevice(const OperandRecipe& o, int rows, int cols, bool packed = true, bool with_values = true)
       : bytes(packed_bytes(o, rows, cols, is_quest(o))), codes(bytes.codes), scales(bytes.scales), values((size_t)rows * operand_ld(wide(o, cols))),
           outer(bytes.outer / 4), amax(1),
-        mask(bytes.mask / 4), groups(group_words(rows, wide(o, cols))), rotated((size_t)rows * round_up(wide(o, cols), 16)) {
+        mask(bytes.mask / 4), groups(group_words(rows, wide(o, cols))) {
     out.rows = rows; out.cols = cols; out.ld = operand_ld(cols, o.rht);
     if (packed && has_codes(o)) { out.codes = codes.p; if (bytes.scales) out.scales = scales.p; if (bytes.outer) out.outer = outer.p;
         if (bytes.mask) out.mask = mask.p; }
@@ -97,7 +96,7 @@ struct OperandOnDevice {
   }
   bool guards() const {
     return codes.guard_intact() && scales.guard_intact() && values.guard_intact() && outer.guard_intact() && amax.guard_intact() &&
-        mask.guard_intact() && groups.guard_intact() && rotated.guard_intact();
+        mask.guard_intact() && groups.guard_intact();
   }
   double tensor(const OperandRecipe& o) {
     TestArray<float> alpha(1);
@@ -119,7 +118,7 @@ template <class T> OperandBytes kernel_operand(const std::vector<float>& x, int 
   how.recipe = o;
   OperandOnDevice d(o, how.transpose ? src_cols : src_rows, how.transpose ? src_rows : src_cols, packed, values);
   TestArray<T> source(narrow<T>(widen(x)));
-  quantize(d.out, (const T*)source.p, how, {d.groups.p, d.rotated.p});
+  quantize(d.out, (const T*)source.p, how, d.groups.p);
   OperandBytes b = d.read(o);
   b.guards = b.guards && source.guard_intact();
   return b;
@@ -376,7 +375,7 @@ inline void test_packed_and_values() {
     const int width = rotated_cols(cols, o.rht);
     OperandOnDevice d(o, rows, cols, true, false);
     TestArray<bf16> source(narrow<bf16>(widen(x)));
-    quantize(d.out, (const bf16*)source.p, full, {d.groups.p, d.rotated.p});
+    quantize(d.out, (const bf16*)source.p, full, d.groups.p);
     TestArray<float> out((size_t)rows * width);
     d.out.cols = width;
     dequantize(out.p, d.out, o);
@@ -393,6 +392,54 @@ inline void test_packed_and_values() {
   }
   partial.report("packed only and values only give what both together give, in every format");
   decoded.report("decoded from codes, scales and outer scales alone, every format gives the oracle's values");
+}
+
+// On a GPU a warp shares a strip of 16x128 out among its lanes, on the CPU a thread has it alone: the same bits from both forms of every kernel, also
+// from a packed source; and amax_of_both() finds what quantize() finds in two readings.
+template <bool kWarp> OperandBytes strip_form(const bf16* x, const Operand4* from, const OperandRecipe& from_how, const OperandRecipe& o, const QuantizeHow& how, int rows, int cols) {
+  OperandOnDevice d(o, rows, cols);
+  if (from) quantize<kWarp>(d.out, *from, from_how, how, d.groups.p);
+  else quantize<kWarp>(d.out, x, how, d.groups.p);
+  return d.read(o);
+}
+inline void test_strip_forms() {
+  Mismatches m, amax;
+  Rng rng(173);
+  for (const char* text : {"nvfp4", "nvfp4 rounding=stochastic rht=16", "nvfp4 blocks=16x16 scale=four_six", "nvfp4 outer=1x128 rounding=stochastic rht=64 signs=fresh", "nvfp4 rounding=eden16 rht=128 signs=fresh",
+                           "nvfp4 rounding=eden128 rht=32 signs=fresh", "nvfp4 scale=four_six", "mxfp4 scale=quest_nearest rht=32 signs=none", "mxfp4 scale=range34 rounding=stochastic rht=128 signs=fresh",
+                           "mxfp4 scale=ceil rht=16 signs=fresh", "mxfp8", "fp8_e5m2", "fp4_vector rht=16", "exact rht=64 signs=fresh"})
+    for (bool transpose : {false, true})
+      for (auto [src_rows, src_cols] : {std::pair(37, 300), std::pair(150, 66)}) {
+        const OperandRecipe o = operand_of(text), from_how = operand_of("nvfp4 outer=1x128");
+        TestArray<bf16> x(narrow<bf16>(widen(as_stored<bf16>(quantizer_data(kHeavyTail, src_rows, src_cols, 174)))));
+        QuantizeHow how = random_key(rng, transpose);
+        how.recipe = o;
+        OperandOnDevice packed(from_how, src_rows, src_cols, true, false);
+        QuantizeHow plain;
+        plain.recipe = from_how;
+        quantize(packed.out, (const bf16*)x.p, plain, packed.groups.p);
+        const int rows = transpose ? src_cols : src_rows, cols = transpose ? src_rows : src_cols;
+        for (bool doubled : {false, true}) {
+          if (doubled && !transpose) continue;
+          const Operand4* from = doubled ? &packed.out : nullptr;
+          const OperandBytes a = strip_form<true>(x.p, from, from_how, o, how, rows, cols), b = strip_form<false>(x.p, from, from_how, o, how, rows, cols);
+          const std::string where = std::string(text) + (transpose ? ", transposed" : "") + (doubled ? ", from a packed operand" : "");
+          auto all = [&](const auto& p, const auto& q) { for (size_t i = 0; i < p.size(); i++) m.add(memcmp(&p[i], &q[i], sizeof p[i]) == 0, where.c_str(), (double)i, p[i], q[i]); };
+          all(a.codes, b.codes); all(a.scales, b.scales); all(a.outer, b.outer); all(a.mask, b.mask); all(a.values, b.values);
+          m.add(a.tensor == b.tensor && a.guards && b.guards, where.c_str(), -1, a.tensor, b.tensor);
+        }
+        if (!transpose || o.rht == 0 || !needs_amax(o) || o.format == Format::fp4_vector) continue;
+        TestArray<float> both(2), own(1);
+        amax_of_both<true>(both.p, both.p + 1, (const bf16*)x.p, src_rows, src_cols, how);
+        const BlockHow block = {o, how_signs(how), {}, 0, 0};
+        const Matrix<bf16> source = {x.p, src_rows, src_cols};
+        launch_amax<false, false>(own.p, nullptr, nullptr, source, src_rows, src_cols, block);
+        amax.add(both.host()[0] == own.host()[0], text, 0, both.host()[0], own.host()[0]);
+        launch_amax<true, false>(nullptr, own.p, nullptr, source, rows, rotated_cols(cols, o.rht), block);
+        amax.add(both.host()[1] == own.host()[0], text, 1, both.host()[1], own.host()[0]);
+      }
+  m.report("a warp a strip and a thread a strip give the same bits, in every format, from a packed operand too");
+  amax.report("amax of a tensor and of its rotated transpose in one reading");
 }
 
 // 16x16 blocks: W and W^T hold the same codes and scales under every rule, 4/6 with its one choice for a tile among them.
@@ -910,7 +957,7 @@ inline void test_recipe_rotation() {
     auto compare = [&](auto size_constant, auto transpose) {
       constexpr int kN = size_constant.value;
       constexpr bool kTranspose = transpose.value;
-      const Matrix<float> x = {kTranspose ? turned_source.p : source.p, kTranspose ? rows : cols};
+      const Matrix<float> x = {kTranspose ? turned_source.p : source.p, kTranspose ? cols : rows, kTranspose ? rows : cols};
       launch(gather_kernel<kN, 1, true, kTranspose, Matrix<float>>, dim3(ceil_div(wide, kN), ceil_div(rows, 32)), 32, 0, one.p, x, rows, wide, cols,
           bits);
       launch(gather_kernel<kN, kN / 4, true, kTranspose, Matrix<float>>, dim3(ceil_div(wide, kN), ceil_div(rows, 32)), 256, 0, many.p, x, rows, wide,
@@ -997,7 +1044,7 @@ inline void test_mxfp4_through_e4m3() {
     TestArray<float> source(x), factor(1);
     TestArray<uint8_t> bytes(scale_bytes(rows, cols));
     TestArray<unsigned> flushed(1), largest(1);
-    quantize(d.out, (const float*)source.p, how, {d.groups.p, d.rotated.p});
+    quantize(d.out, (const float*)source.p, how, d.groups.p);
     mxfp4_as_nvfp4(bytes.p, factor.p, flushed.p, largest.p, d.out);
     reference::Quantized exact;
     oracle_operand(x, rows, cols, o, how, &exact);
@@ -1216,6 +1263,7 @@ inline void test_recipes() {
     test_recipe_rotation();
     test_recipe_bit_equality();
     test_packed_and_values();
+    test_strip_forms();
     test_tiles_and_transpose();
     test_recipe_golden();
     test_recipe_tiny_gradients();

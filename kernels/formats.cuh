@@ -15,40 +15,54 @@ constexpr float kE4M3Max = 448;
 constexpr float kE5M2Max = 57344;
 
 // ------------------------------------------------------------------ E2M1
-// The value of index 0..7. Written as arithmetic, not as a table, so that a loop over 16 codes vectorizes on the CPU.
+// The value of index 0..7. Read as the bits of a float, an index in the place of the exponent's last bit and the mantissa's first is that value
+// times 2^-126, be it denormal. A CPU is slow with denormals: there it is arithmetic that a loop over 16 codes can vectorize.
 __host__ __device__ __forceinline__ float e2m1_magnitude(int index) {
+  if (!kOnCpu) return bits_float((uint32_t)index << 22) * 0x1p126f;
   return 0.5f * (float)index + 0.5f * (float)(index > 4 ? index - 4 : 0) + (index == 7 ? 1.0f : 0.0f);
+}
+// And back: the index of a value of the grid.
+__host__ __device__ __forceinline__ int e2m1_index(float magnitude) {
+  if (!kOnCpu) return (int)(float_bits(magnitude * 0x1p-126f) >> 22);
+  const int above_half = (int)(float_bits(magnitude) >> 22) - 252;
+  return (above_half > 0 ? above_half : 0) + (magnitude == 0.5f);
 }
 __host__ __device__ __forceinline__ float e2m1_decode(int code) {
   const float m = e2m1_magnitude(code & 7);
   return code & 8 ? -m : m;
 }
-// The grid has steps of .5 below 2, of 1 below 4, of 2 up to 6. In units of the step a value is t in [0, 4), and its index is t rounded,
-// plus 0, 2 or 4. Written so that 16 of them vectorize and a GPU needs no slow conversion. 6 and more, and NaN, end at index 7.
-struct E2M1Step { float t; int offset; };
-__host__ __device__ __forceinline__ E2M1Step e2m1_step(float a) {
-  a = a < 6.0f ? a : 6.0f;
-  const int from2 = a >= 2.0f, from4 = a >= 4.0f;         // arithmetic on comparisons, not branches
-  return {a * (2.0f - (float)from2 - 0.5f * (float)from4), 2 * from2 + 2 * from4};
+// Rounding is arithmetic on floats: what the emulation wants is the rounded value, and only a packed operand its code. The grid has steps of .5
+// below 2, of 1 below 4, of 2 up to 6: half the power of two below the value, which is taken as 1 at least.
+__host__ __device__ __forceinline__ float e2m1_saturate(float a) { return kOnCpu ? (a < 6.0f ? a : 6.0f) : fminf(a, 6.0f); }      // NaN -> 6
+__host__ __device__ __forceinline__ uint32_t e2m1_binade(float a) {           // that power of two, as bits
+  const uint32_t b = float_bits(a) & 0x7f800000u;
+  return b > 0x3f800000u ? b : 0x3f800000u;
 }
-// Index of the nearest grid value of |v|; a tie goes to the even index, as t goes to the even integer: adding 1.5 * 2^23 leaves no
-// bits for a fraction.
-__host__ __device__ __forceinline__ int e2m1_index_rn(float a) {
-  const E2M1Step s = e2m1_step(a);
-  return (int)(float_bits(s.t + 12582912.0f) - 0x4b400000u) + s.offset;
+// |v| = a to the nearest grid value; a tie goes to the even index: adding 2^22 powers of two leaves no bits below a step.
+__host__ __device__ __forceinline__ float e2m1_round(float a) {
+  a = e2m1_saturate(a);
+  const float magic = bits_float(e2m1_binade(a) + (22u << 23));
+  return (a + magic) - magic;
 }
+// Stochastically, with u in [0, 1): up with probability (a - lo) / step. lo: the step's bits of a, found below the first bit of a + 2 binades; bits
+// that could round that sum up are cut off first. Nothing here is rounded.
+__host__ __device__ __forceinline__ float e2m1_round_sr(float a, float u) {
+  a = e2m1_saturate(a);
+  const uint32_t binade = e2m1_binade(a);
+  const float twice = bits_float(binade + (1u << 23)), step = bits_float(binade - (1u << 23));
+  const float lo = bits_float(float_bits(bits_float(float_bits(a) & 0xfffff000u) + twice) & 0xffe00000u) - twice;
+  return lo + (u * step < a - lo ? step : 0.0f);
+}
+// The middle of the r-th of 256 intervals of [0, 1): (2r + 1) / 512.
+__host__ __device__ __forceinline__ float byte_uniform(uint32_t r) { return bits_float(0x3f804000u | r << 15) - 1.0f; }
+__host__ __device__ __forceinline__ int e2m1_index_rn(float a) { return e2m1_index(e2m1_round(a)); }
+__host__ __device__ __forceinline__ int e2m1_index_sr(float a, float u) { return e2m1_index(e2m1_round_sr(a, u)); }
 __host__ __device__ __forceinline__ int e2m1_sign(float v) {          // 8 if the sign bit is set; NaN counts as positive
   return v != v ? 0 : (int)(float_bits(v) >> 28 & 8);
 }
 // Round to nearest even code.
 __host__ __device__ __forceinline__ int e2m1_encode(float v) { return e2m1_sign(v) | e2m1_index_rn(fabsf(v)); }
 
-// Stochastic rounding with u in [0, 1): up with probability (|v| - lo) / (hi - lo). |v| - lo is exact, so nothing is lost.
-__host__ __device__ __forceinline__ int e2m1_index_sr(float a, float u) {
-  const E2M1Step s = e2m1_step(a);
-  const int lo = (int)(s.t >= 1.0f) + (int)(s.t >= 2.0f) + (int)(s.t >= 3.0f);
-  return lo + s.offset + (int)(u < s.t - (float)lo);
-}
 __host__ __device__ __forceinline__ int e2m1_encode_sr(float v, float u) { return e2m1_sign(v) | e2m1_index_sr(fabsf(v), u); }
 
 // ------------------------------------------------------------------ E4M3
@@ -66,6 +80,17 @@ __host__ __device__ inline uint8_t e4m3_encode(float v) {
   if (a < 0x3c800000u) return (uint8_t)(sign | (unsigned)rintf(fabsf(v) * 512.0f));           // below 2^-6: steps of 2^-9
   return (uint8_t)(sign | (((a + 0x7ffff + (a >> 20 & 1)) >> 20) - (120u << 3)));
 }
+
+// v rounded to E4M3, as a float: what e4m3_decode(e4m3_encode(v)) gives, without a code in between.
+__host__ __device__ __forceinline__ float fp8_round(float v, float most, uint32_t smallest_binade, uint32_t mantissa_bits) {
+  const float a = fabsf(v) > most ? most : fabsf(v);                          // a NaN stays
+  const uint32_t b = float_bits(a) & 0x7f800000u;
+  const float magic = bits_float((b > smallest_binade ? b : smallest_binade) + ((23 - mantissa_bits) << 23));
+  const float r = (a + magic) - magic;
+  return r != r ? bits_float(0x7fffffffu) : bits_float(float_bits(r) | (float_bits(v) & 0x80000000u));
+}
+__host__ __device__ __forceinline__ float e4m3_round(float v) { return fp8_round(v, kE4M3Max, (127u - 6) << 23, 3); }
+__host__ __device__ __forceinline__ float e5m2_round(float v) { return fp8_round(v, kE5M2Max, (127u - 14) << 23, 2); }
 
 // The smallest E4M3 value >= v, for v >= 0; saturates at 448. The codes of nonnegative values are in the order of the values, so one
 // more is the next value, across the ends of binades and out of the subnormals too.

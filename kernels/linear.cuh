@@ -56,14 +56,10 @@ inline size_t linear_tile_words(int T, int K, int N) {
   T = round_up(T, 128), K = round_up(K, 128), N = round_up(N, 128);        // a rotated operand has whole groups of columns, and its transpose of rows
   return max(group_words(T, K), max(group_words(T, N), group_words(N, K)));
 }
-// Does an operand pass through FP32 scratch on its way (the gather pass of quantize.cuh), or a gradient (estimator.cuh)?
-inline bool linear_needs_rotated(Recipe r) {
-  bool needed = r.estimator.w != Estimator::ste || r.estimator.x != Estimator::ste;
-  for (auto& [name, o] : recipe_operands(r)) {
-    const bool in_registers = o->rht == 0 || (o->rht == 16 && o->format == Format::nvfp4);
-    needed |= o->format != Format::bf16 && (!in_registers || o->source == Source::forward || o->rounding == Rounding::eden128);
-  }
-  return needed;
+// Does a gradient pass through FP32 scratch on its way (estimator.cuh), or do rotated weights (Q-EMA)?
+inline bool linear_needs_rotated(const Recipe& r) {
+  const bool rotated_forward = (r.fprop.x.format != Format::bf16 && r.fprop.x.rht) || (r.fprop.w.format != Format::bf16 && r.fprop.w.rht);
+  return r.estimator.w != Estimator::ste || r.estimator.x != Estimator::ste || rotated_forward;
 }
 
 // What the forward pass leaves for the backward pass of one layer: packed operands. Allocated with want_linear_saved().
@@ -138,7 +134,7 @@ inline ReadyOperand prepare_operand(const OperandRecipe& how, OperandPlace place
                                     const LinearScratch& s, Operand4* save = nullptr) {
   if (how.format == Format::bf16) return {x, cols, transpose, nullptr, how, {}};
   const Operand4 out = operand_frame(how, place, rows, cols, transpose, s, save);
-  quantize(out, x, quantize_how(how, place, transpose), {s.tiles, s.rotated});
+  quantize(out, x, quantize_how(how, place, transpose), s.tiles);
   if (save) { save->rows = out.rows; save->cols = rotated_cols(out.cols, how.rht); save->ld = out.ld; }
   return {out.values, out.ld, false, out.amax, how, out};
 }
@@ -146,7 +142,7 @@ inline ReadyOperand prepare_operand(const OperandRecipe& how, OperandPlace place
 inline ReadyOperand prepare_forward_operand(const OperandRecipe& how, OperandPlace place, const Operand4& saved, const OperandRecipe& saved_how,
                                             const LinearScratch& s) {
   const Operand4 out = operand_frame(how, place, saved.rows, saved.cols, true, s, nullptr);
-  quantize(out, saved, saved_how, quantize_how(how, place, true), {s.tiles, s.rotated});
+  quantize(out, saved, saved_how, quantize_how(how, place, true), s.tiles);
   return {out.values, out.ld, false, out.amax, how, out};
 }
 inline void run_gemm(Gemm g, const ReadyOperand& a, const ReadyOperand& b, const LinearScratch& s, GemmWay way) {

@@ -144,7 +144,7 @@ inline void ramp_periods(uint8_t* period, unsigned* ramped, const float* dist_q,
 // The coordinates in which the forward pass rounds W: rotated in place, if the recipe rotates. The transform is its own inverse. cols: a
 // multiple of rht. `scratch` as large as w.
 inline void rotate_rows(float* w, float* scratch, int rows, int cols, int rht) {
-  gather(scratch, Matrix<float>{w, cols}, rows, cols, cols, false, rht, SignBits{});
+  gather(scratch, Matrix<float>{w, rows, cols}, rows, cols, cols, false, rht, SignBits{});
   device_copy(w, scratch, (size_t)rows * cols);
 }
 // Memory for the packed Q(W) of the largest matrix.
@@ -157,7 +157,7 @@ inline void quantized_weight(float* q, const float* w, int rows, int cols, const
   Operand4 packed;
   packed.rows = rows; packed.cols = cols; packed.ld = operand_ld(cols);
   packed.codes = s.codes; packed.scales = s.scales; packed.outer = s.outer; packed.amax = s.amax;
-  quantize(packed, w, how, {s.groups, nullptr});
+  quantize(packed, w, how, s.groups);
   dequantize(q, packed, how.recipe);
 }
 
@@ -214,7 +214,7 @@ inline void linear_forward_toward(floatX* Y, const floatX* X, const floatX* W, i
   const unsigned grid = ceil_div((unsigned)N * (p.ld / 2), 256u);
   if (r.fprop.w.rht == 0) launch(round_toward_kernel<floatX>, grid, 256, 0, p, r.fprop.w, W, K, q.average, K);
   else {
-    gather(s.rotated, Matrix<floatX>{W, K}, N, p.cols, K, false, r.fprop.w.rht, SignBits{});
+    gather(s.rotated, Matrix<floatX>{W, N, K}, N, p.cols, K, false, r.fprop.w.rht, SignBits{});
     launch(round_toward_kernel<float>, grid, 256, 0, p, r.fprop.w, (const float*)s.rotated, p.cols, q.average, K);
   }
   Gemm g;

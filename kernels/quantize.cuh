@@ -28,8 +28,7 @@
 //         (so with outer 1x128): far below FP4's own noise. The packed form is exact.
 // fp8     code = e4m3(x * min(448/amax, FLT_MAX)) (e5m2: 57344); value = code, amax/448 goes to alpha.
 //
-// Rotation   rht 16 of nvfp4 from the original is done in registers. Everything else that rotates, and what starts from the forward's codes,
-//         goes through a pass of its own (gather_kernel) that writes the rotated operand in FP32; the kernels then read that.
+// Rotation   in registers, and by shuffles between lanes: no rotated copy ever lies in memory.
 // NaN     A NaN anywhere makes amax NaN (an unsigned comparison of bits, not fmaxf, which drops it), hence alpha NaN, hence the
 //         loss: E2M1 itself has no NaN and would hide it as 6. Formats without a tensor scale make the block's scale NaN.
 // Source  NVIDIA, arXiv 2509.25149, appendix C; the other papers are named in recipe.cuh. Random bits: philox.cuh.
@@ -60,16 +59,13 @@ struct QuantizeHow {
   bool transpose = false;           // quantize x^T
   uint64_t sign_bits[2] = {0, 0};   // of the rotation: bit i set negates input i
   RandomKey key = {};               // of the stochastic rounding
+  bool amax_known = false;          // out.amax holds it already: amax_of_both()
   // the same in the older words of quantize_nvfp4()
   bool tile16 = false, stochastic = false;
   int hadamard = 0;
   uint32_t signs = 0;
 };
-// Device memory that quantize() needs besides its output; both may be null where the recipe does not need them.
-struct QuantizeScratch {
-  uint32_t* groups = nullptr;       // group_words(rows, cols): maxima of tiles, of 128 columns, of rows; corrections of MS-EDEN
-  float* rotated = nullptr;         // rows * rotated_cols(cols, rht): the operand after rotation
-};
+// Words of scratch that quantize() may need: maxima of rows, choices of tiles.
 inline size_t group_words(int rows, int cols) { return (size_t)round_up(rows, 16) * ceil_div(cols, 128); }
 
 // ------------------------------------------------------------------ properties of an operand's recipe
@@ -104,34 +100,236 @@ __host__ __device__ inline float tensor_scale_decode(const OperandRecipe& how, f
 }
 __host__ __device__ inline float tensor_scale_decode(float amax) { return amax / (kE4M3Max * kE2M1Max); }       // of plain NVFP4
 
-// ------------------------------------------------------------------ loading
-// The 16 values of block (row, block) of the operand, zeros beyond the edge, rotated if asked.
-template <bool kTranspose, bool kHadamard, class T>
-__device__ __forceinline__ void load_block(float (&v)[16], const T* x, int row, int block, int rows, int cols, uint32_t signs, bool round_rotated) {
-  const int first = block * 16;
-  if (kTranspose) {                                // x is [cols, rows]
-    const T* p = x + (size_t)first * rows + row;
-#pragma unroll
-    for (int j = 0; j < 16; j++) v[j] = first + j < cols ? to_float(p[(size_t)j * rows]) : 0.0f;
+// ------------------------------------------------------------------ dequantization: what a packed operand stands for
+// The FP32 scale of the whole tensor, if its scale is one.
+__device__ inline float outer_scale_of_tensor(const Operand4& p, const OperandRecipe& how) {
+  const bool elsewhere = how.format == Format::fp4_vector || how.format == Format::exact || (how.format == Format::nvfp4 && how.outer == Outer::b1x128);
+  return elsewhere ? 1.0f : tensor_scale_decode(how, p.amax ? *p.amax : 1.0f);
+}
+// The FP32 scale of element (row, col): its block's, times the outer one. tensor: outer_scale_of_tensor().
+struct ElementScale { float block, outer; };
+__device__ __forceinline__ ElementScale element_scale(const Operand4& p, const OperandRecipe& how, int row, int col, float tensor) {
+  ElementScale s = {1, tensor};
+  if (how.format == Format::nvfp4) s.block = e4m3_decode(p.scales[scale_offset(row, col / 16, ceil_div(p.cols, 16))]);
+  if (is_mx(how.format)) s.block = e8m0_decode(p.scales[scale_offset(row, col / 32, ceil_div(p.cols, 32))]);
+  if (how.format == Format::fp4_vector) s.outer = p.outer[row];
+  if (how.format == Format::nvfp4 && how.outer == Outer::b1x128) s.outer = p.outer[(size_t)row * ceil_div(p.cols, 128) + col / 128];
+  return s;
+}
+__device__ inline ElementScale element_scale(const Operand4& p, const OperandRecipe& how, int row, int col) {
+  return element_scale(p, how, row, col, outer_scale_of_tensor(p, how));
+}
+__device__ inline float dequantized(const Operand4& p, const OperandRecipe& how, int row, int col, float tensor) {
+  const size_t at = (size_t)row * p.ld + col;
+  if (how.format == Format::exact) return to_float(p.values[at]);
+  const ElementScale s = element_scale(p, how, row, col, tensor);
+  const bool e4m3 = how.format == Format::fp8_e4m3 || how.format == Format::mxfp8;
+  const float code = how.format == Format::fp8_e5m2 ? e5m2_decode(p.codes[at])
+                     : e4m3 ? e4m3_decode(p.codes[at]) : e2m1_decode(p.codes[at / 2] >> (4 * (col % 2)) & 15);
+  return code * s.block * s.outer;
+}
+template <class T> __global__ void dequantize_kernel(T* out, Operand4 p, OperandRecipe how) {
+  const unsigned i = blockIdx.x * blockDim.x + threadIdx.x, row = i / p.cols;
+  if (row < (unsigned)p.rows) out[i] = from_float<T>(dequantized(p, how, row, i % p.cols, outer_scale_of_tensor(p, how)));
+}
+// out [rows, cols] = the values of a packed operand, all scales included.
+template <class T> void dequantize(T* out, const Operand4& p, const OperandRecipe& how) {
+  launch(dequantize_kernel<T>, ceil_div((unsigned)p.rows * p.cols, 256u), 256, 0, out, p, how);
+}
+
+// ------------------------------------------------------------------ who computes what
+// An operand is dealt with in strips of 16 rows x 128 columns: a warp a strip on a GPU, a thread a strip on the CPU, where a shuffle would cost
+// more than the strip. In a warp, 8 lanes (4 for blocks of 32) lie side by side along a row and hold a block each, so that all that blocks have in
+// common is found by shuffles: the tile of 16x16, the outer scale of 1x128, a rotation of up to 128. A lane goes through 4 (2) rows, one by one.
+// The row copy reads 32 contiguous bytes a thread. For the column copy the 4 warps of a block bring a tile of 128 rows x 64 columns of the source into
+// shared memory, by whole 128-byte lines, and read it from there down its columns. Both write 256 contiguous bytes a row.
+constexpr int kStripThreads = 128;          // of a block on a GPU
+template <int kUnitColumns, bool kWarpAStrip> struct Share {
+  static constexpr bool kWarp = kWarpAStrip;
+  static constexpr int kUnit = kUnitColumns;                   // columns of a block: 16, or 32 for MX formats
+  static constexpr int kUnits = kWarp ? 1 : 128 / kUnit;       // blocks of a row that a thread holds
+  static constexpr int kAlong = kWarp ? 128 / kUnit : 1;       // lanes along a row
+  static constexpr int kLanes = kWarp ? 32 : 1;
+  static constexpr int kDown = kLanes / kAlong;                // lanes down the rows: a thread's rows are kDown apart
+  static constexpr int kRows = 16 / kDown;                     // and this many
+};
+// The columns of one row that a thread holds.
+template <class S> using RowPart = float[S::kUnits][S::kUnit];
+// A thread's first row and column, and its place along the row.
+struct StripPlace { int row, col, along; bool inside; };
+// unit: 4 strips, those of a block; on the CPU one strip.
+template <class S, bool kTranspose> __device__ __forceinline__ StripPlace strip_place(unsigned unit, int rows_covered, int cols_covered) {
+  const unsigned across = ceil_div(cols_covered, 128), down = ceil_div(rows_covered, 16), lane = threadIdx.x % S::kLanes, warp = threadIdx.x / 32;
+  unsigned strip_row, strip_col;                               // neighbouring strips are neighbours in memory
+  if (kTranspose) {
+    const unsigned tiles = S::kWarp ? ceil_div(down, 4u) : down;
+    strip_row = S::kWarp ? unit % tiles * 4 + warp : unit % tiles;
+    strip_col = unit / tiles;
   } else {
-    const T* p = x + (size_t)row * cols + first;
-    if (first + 16 <= cols && cols % 8 == 0) {     // rows start on 16-byte boundaries
-      const Vec<T, 16> a = load_vec<16>(p);
+    const unsigned strip = S::kWarp ? unit * 4 + warp : unit;
+    strip_row = strip / across;
+    strip_col = strip % across;
+  }
+  const int along = lane % S::kAlong;
+  return {(int)(strip_row * 16 + lane / S::kAlong), (int)(strip_col * 128) + along * S::kUnits * S::kUnit, along, strip_row < down && strip_col < across};
+}
+template <class S, bool kTranspose> __host__ __device__ inline unsigned strip_units(int rows_covered, int cols_covered) {
+  const unsigned across = ceil_div(cols_covered, 128), down = ceil_div(rows_covered, 16);
+  return !S::kWarp ? across * down : kTranspose ? across * ceil_div(down, 4u) : ceil_div(across * down, 4u);
+}
+template <class S> __device__ __forceinline__ unsigned own_unit() { return S::kWarp ? blockIdx.x : blockIdx.x * blockDim.x + threadIdx.x; }
+// The largest of what the lanes along a row have; of what the lanes above and below have.
+template <class S> __device__ __forceinline__ unsigned max_along(unsigned m) {
 #pragma unroll
-      for (int j = 0; j < 16; j++) v[j] = to_float(a.v[j]);
+  for (int o = 1; o < S::kAlong; o *= 2) m = max(m, __shfl_xor_sync(0xffffffffu, m, o));
+  return m;
+}
+template <class S> __device__ __forceinline__ unsigned max_down(unsigned m) {
+#pragma unroll
+  for (int o = S::kAlong; o < S::kLanes; o *= 2) m = max(m, __shfl_xor_sync(0xffffffffu, m, o));
+  return m;
+}
+
+// ------------------------------------------------------------------ sources
+// A source gives kN neighbouring elements of one of its rows, zeros beyond its edges; kN divides 128, and the column is a multiple of it.
+template <class T> struct Matrix {
+  static constexpr bool kRowCopy = true;
+  using Element = T;                                           // of the tile in shared memory
+  const T* x; int rows, cols;
+  __device__ Matrix ready() const { return *this; }
+  __device__ float at(int r, int c) const { return r < rows && c < cols ? to_float(x[(size_t)r * cols + c]) : 0.0f; }
+  template <int kN> __device__ __forceinline__ Vec<T, kN> run(int r, int c) const {
+    constexpr int kAligned = kN * sizeof(T) < 16 ? kN : 16 / sizeof(T);      // rows must start on such boundaries for wide loads
+    if (r < rows && c + kN <= cols && cols % kAligned == 0) return load_vec<kN>(x + (size_t)r * cols + c);
+    Vec<T, kN> v;
+#pragma unroll
+    for (int j = 0; j < kN; j++) v.v[j] = r < rows && c + j < cols ? x[(size_t)r * cols + c + j] : from_float<T>(0);
+    return v;
+  }
+};
+// A packed operand: double quantization, which is for the transposed copies of the backward pass only.
+struct Packed {
+  static constexpr bool kRowCopy = false;
+  using Element = float;
+  Operand4 operand; OperandRecipe how;
+  float tensor = 1;                                            // FP32 scale of the tensor
+  __device__ Packed ready() const { Packed p = *this; p.tensor = outer_scale_of_tensor(operand, how); return p; }
+  __device__ float at(int r, int c) const { return r < operand.rows && c < operand.cols ? dequantized(operand, how, r, c, tensor) : 0.0f; }
+  template <int kN> __device__ __forceinline__ Vec<float, kN> run(int r, int c) const {
+    Vec<float, kN> v;
+    const bool fp4 = how.format == Format::nvfp4 || how.format == Format::mxfp4 || how.format == Format::fp4_vector;
+    if (fp4 && r < operand.rows && c + kN <= operand.cols) {
+#pragma unroll
+      for (int first = 0; first < kN; first += 8) {            // 8 codes are a word, and share a scale
+        const ElementScale s = element_scale(operand, how, r, c + first, tensor);
+        const uint32_t codes = *(const uint32_t*)(operand.codes + ((size_t)r * operand.ld + c + first) / 2);
+#pragma unroll
+        for (int j = 0; j < 8; j++) v.v[first + j] = e2m1_decode(codes >> (4 * j) & 15) * s.block * s.outer;
+      }
     } else {
+      for (int j = 0; j < kN; j++) v.v[j] = at(r, c + j);
+    }
+    return v;
+  }
+};
+
+// The tile of the source that a block turns: 128 source rows (operand columns) of 64. 16 bytes more after every 16 rows put what the lanes of a
+// warp read at once into different banks.
+constexpr int kTileColumns = 64;
+template <class E> __host__ __device__ constexpr int tile_offset(int column) { return column * kTileColumns + column / 16 * (int)(16 / sizeof(E)); }
+template <class E> __host__ __device__ constexpr int tile_elements() { return tile_offset<E>(128); }
+
+// The rows of a strip that a thread holds. All threads of the block come here together; `tile` is tile_elements() of shared memory.
+template <class S, bool kTranspose, class Source> struct StripRows {
+  using E = typename Source::Element;
+  const Source& x;
+  const StripPlace at;
+  const E* tile;
+  float turned[kTranspose && !S::kWarp ? 128 : 1][kTranspose && !S::kWarp ? 16 : 1];        // the CPU's strip, by columns
+  __device__ __forceinline__ StripRows(const Source& source, StripPlace place, E* shared) : x(source), at(place), tile(shared) {
+    if constexpr (kTranspose && S::kWarp) {
+      const int first_row = at.row / 64 * 64, first_col = at.col / 128 * 128;      // the same for the whole block
 #pragma unroll
-      for (int j = 0; j < 16; j++) v[j] = first + j < cols ? to_float(p[j]) : 0.0f;
+      for (int k = threadIdx.x; k < 128 * kTileColumns / 8; k += kStripThreads) {
+        const int c = k / (kTileColumns / 8), r = k % (kTileColumns / 8) * 8;
+        store_vec(shared + tile_offset<E>(c) + r, x.template run<8>(first_col + c, first_row + r));
+      }
+      __syncthreads();
+      tile = shared + tile_offset<E>(at.col - first_col) + at.row - first_row;
+    } else if constexpr (kTranspose) {
+      for (int c = 0; c < 128; c++) {
+        const auto v = x.template run<16>(at.col + c, at.row);
+        for (int i = 0; i < 16; i++) turned[c][i] = to_float(v.v[i]);
+      }
     }
   }
-  if (kHadamard) {
-    rht16(v, signs);
-    if (round_rotated) {
+  // The thread's i-th row of the operand is this one.
+  __device__ __forceinline__ int row(int i) const { return at.row + i * S::kDown; }
+  __device__ __forceinline__ void load(RowPart<S>& v, int i) const {
 #pragma unroll
-      for (int j = 0; j < 16; j++) v[j] = to_float(to_bf16(v[j]));
+    for (int u = 0; u < S::kUnits; u++) {
+      if constexpr (!kTranspose) {
+        const auto run = x.template run<S::kUnit>(row(i), at.col + u * S::kUnit);
+#pragma unroll
+        for (int j = 0; j < S::kUnit; j++) v[u][j] = to_float(run.v[j]);
+      } else {
+#pragma unroll
+        for (int j = 0; j < S::kUnit; j++) v[u][j] = S::kWarp ? to_float(tile[tile_offset<E>(j) + i * S::kDown]) : turned[u * S::kUnit + j][i];
+      }
+    }
+  }
+};
+
+// ------------------------------------------------------------------ rotation
+// a, b <- a + b, a - b, element by element
+template <int kN> __device__ __forceinline__ void butterfly(float (&a)[kN], float (&b)[kN]) {
+#pragma unroll
+  for (int j = 0; j < kN; j++) { const float s = a[j] + b[j]; b[j] = a[j] - b[j]; a[j] = s; }
+}
+// Rotates a row's groups of n columns, without the factor 1/sqrt(n). The butterflies' distances go 1, 2, 4, ... n/2: within a block, then between
+// blocks, then between lanes.
+template <class S> __device__ __forceinline__ void rotate_row(RowPart<S>& v, int n, const SignBits& signs, int along) {
+#pragma unroll
+  for (int u = 0; u < S::kUnits; u++) {
+    const int place = (along * S::kUnits + u) * S::kUnit % n;                       // of the block's first column in its group
+    const uint32_t bits = (uint32_t)((place < 64 ? signs.word[0] : signs.word[1]) >> (place % 64));
+#pragma unroll
+    for (int j = 0; j < S::kUnit; j++) v[u][j] = negate_if(v[u][j], (n == 16 ? bits >> (j % 16) : bits >> j) & 1);
+#pragma unroll
+    for (int distance = 1; distance < S::kUnit; distance *= 2) {
+      if (distance == 16 && n == 16) break;                                         // a rotation of 16 in blocks of 32
+#pragma unroll
+      for (int j = 0; j < S::kUnit; j++) {
+        if (j & distance) continue;
+        const float a = v[u][j], b = v[u][j + distance];
+        v[u][j] = a + b;
+        v[u][j + distance] = a - b;
+      }
+    }
+  }
+#pragma unroll
+  for (int distance = 1; distance < S::kUnits; distance *= 2) {
+    if (distance * S::kUnit >= n) break;
+#pragma unroll
+    for (int u = 0; u < S::kUnits; u++) if (!(u & distance)) butterfly(v[u], v[u + distance]);
+  }
+#pragma unroll
+  for (int distance = 1; distance < S::kAlong; distance *= 2) {
+    if (distance * S::kUnits * S::kUnit >= n) break;
+#pragma unroll
+    for (int u = 0; u < S::kUnits; u++) {
+#pragma unroll
+      for (int j = 0; j < S::kUnit; j++) {
+        const float other = __shfl_xor_sync(0xffffffffu, v[u][j], distance);
+        v[u][j] = other + negate_if(v[u][j], (along & distance) != 0);
+      }
     }
   }
 }
+__device__ __forceinline__ float rotation_scale(int n) {                             // 1 / sqrt(n)
+  return n == 16 ? 0.25f : n == 32 ? 0.17677669529663687f : n == 64 ? 0.125f : 0.08838834764831845f;
+}
+
 // max|v| as the bits of a nonnegative float: ordered like the floats themselves, with NaN above all.
 template <int kN> __device__ __forceinline__ unsigned block_amax_bits(const float (&v)[kN]) {
   unsigned m = 0;
@@ -142,83 +340,159 @@ template <int kN> __device__ __forceinline__ unsigned block_amax_bits(const floa
 // What every kernel below wants to know.
 struct BlockHow {
   OperandRecipe recipe;
-  uint32_t signs;                   // of a rotation in registers
+  SignBits signs;
   RandomKey key;
-  unsigned rows_covered, blocks_covered;     // with padding
-};
-// The row and the block of a thread: neighbouring threads are neighbours in memory.
-struct BlockPlace { int row, block; bool inside; };
-template <bool kTranspose> __device__ __forceinline__ BlockPlace block_place(const BlockHow& how) {
-  const unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
-  if (kTranspose) return {(int)(i % how.rows_covered), (int)(i / how.rows_covered), i < how.rows_covered * how.blocks_covered};
-  return {(int)(i / how.blocks_covered), (int)(i % how.blocks_covered), i < how.rows_covered * how.blocks_covered};
-}
-
-// ------------------------------------------------------------------ pass 1: amax of the tensor, and of groups of blocks
-enum class Groups { none, tile16, columns128, row };
-__device__ __forceinline__ size_t group_index(Groups groups, int row, int block, int blocks) {
-  if (groups == Groups::tile16) return (size_t)(row / 16) * blocks + block;
-  return groups == Groups::columns128 ? (size_t)row * ceil_div(blocks, 8) + block / 8 : (size_t)row;
-}
-template <bool kTranspose, bool kHadamard, int kLanes, class T>
-__global__ void amax_kernel(unsigned* amax, unsigned* group_amax, Groups groups, const T* x, int rows, int cols, uint32_t signs, bool round_rotated) {
-  const unsigned blocks = ceil_div(cols, 16), n = (unsigned)rows * blocks;
-  unsigned most = 0;
-  for (unsigned i = blockIdx.x * blockDim.x + threadIdx.x; i < n; i += gridDim.x * blockDim.x) {
-    const int row = kTranspose ? i % rows : i / blocks, block = kTranspose ? i / rows : i % blocks;   // neighbours in memory
-    float v[16];
-    load_block<kTranspose, kHadamard>(v, x, row, block, rows, cols, signs, round_rotated);
-    const unsigned m = block_amax_bits(v);
-    if (groups != Groups::none) atomicMax(&group_amax[group_index(groups, row, block, blocks)], m);
-    most = max(most, m);
+  int rows_covered, cols_covered;            // with padding
+  // A row of the operand as it will be rounded: rotated, and zero again beyond `cols`, where a rotation may have left -0.
+  template <class S, class Rows> __device__ __forceinline__ void row(RowPart<S>& v, const Rows& rows, int i, int cols) const {
+    rows.load(v, i);
+    if (recipe.rht == 0) return;
+    const float scale = rotation_scale(recipe.rht);
+    const bool round = rounds_rotated(recipe);
+    rotate_row<S>(v, recipe.rht, signs, rows.at.along);
+#pragma unroll
+    for (int u = 0; u < S::kUnits; u++) {
+#pragma unroll
+      for (int j = 0; j < S::kUnit; j++) v[u][j] *= scale;
+      if (round) {
+#pragma unroll
+        for (int j = 0; j < S::kUnit; j++) v[u][j] = to_float(to_bf16(v[u][j]));
+      }
+#pragma unroll
+      for (int j = 0; j < S::kUnit; j += 16) {
+        if (rows.at.col + u * S::kUnit + j < cols) continue;
+#pragma unroll
+        for (int k = 0; k < 16; k++) v[u][j + k] = 0;
+      }
+    }
   }
+};
+template <int kN, int kM> __device__ __forceinline__ unsigned row_amax_bits(const float (&v)[kM][kN]) {
+  unsigned m = 0;
 #pragma unroll
-  for (int o = kLanes / 2; o > 0; o /= 2) most = max(most, __shfl_xor_sync(0xffffffffu, most, o));
-  if (threadIdx.x % kLanes == 0) atomicMax(amax, most);
+  for (int u = 0; u < kM; u++) m = max(m, block_amax_bits(v[u]));
+  return m;
 }
 
-// ------------------------------------------------------------------ rounding and storing 16 codes
-// index[j]: the grid index of |v[j]|. `block16`: number of the 16-block in its operand, which names its random bits.
-__device__ __forceinline__ void round_block(int (&index)[16], const float (&v)[16], bool stochastic, RandomKey key, uint64_t block16) {
+// ------------------------------------------------------------------ pass 1: amax of the tensor, or of its rows
+// Where a recipe needs no scale of the tensor (outer 1x128, MX formats), there is no such pass. plain: null, or max|x|; rotated: null, or max|x| after
+// how.recipe's rotation: both in one reading. row_amax: null, or [rows], zeroed: of the rotated rows, if there is a rotation. Rounding is
+// monotonic, so that the largest value is scaled and rounded in the place of all.
+template <bool kTranspose, bool kWarp, class Source>
+__global__ void __launch_bounds__(kStripThreads, 8) amax_kernel(unsigned* plain, unsigned* rotated, unsigned* row_amax, Source x, BlockHow how) {
+  using S = Share<16, kWarp>;
+  alignas(16) __shared__ typename Source::Element tile[kTranspose && kWarp ? tile_elements<typename Source::Element>() : 1];
+  const float scale = how.recipe.rht ? rotation_scale(how.recipe.rht) : 1;
+  auto finish = [&](unsigned m) {
+    const float f = bits_float(m) * scale;
+    return float_bits(rounds_rotated(how.recipe) ? to_float(to_bf16(f)) : f) & 0x7fffffffu;
+  };
+  unsigned most = 0, most_rotated = 0;
+  x = x.ready();
+  const unsigned units = strip_units<S, kTranspose>(how.rows_covered, how.cols_covered);
+  for (unsigned unit = own_unit<S>(); unit < units; unit += S::kWarp ? gridDim.x : gridDim.x * blockDim.x) {
+    const StripRows<S, kTranspose, Source> rows(x, strip_place<S, kTranspose>(unit, how.rows_covered, how.cols_covered), tile);
+#pragma unroll 1
+    for (int i = 0; i < S::kRows; i++) {
+      RowPart<S> v;
+      rows.load(v, i);
+      if (plain) most = max(most, row_amax_bits(v));
+      if (how.recipe.rht && (rotated || row_amax)) rotate_row<S>(v, how.recipe.rht, how.signs, rows.at.along);
+      const unsigned m = row_amax_bits(v);
+      most_rotated = max(most_rotated, m);
+      if (!row_amax) continue;
+      const unsigned whole = max_along<S>(m);
+      if (rows.at.along == 0 && rows.row(i) < how.rows_covered) atomicMax(&row_amax[rows.row(i)], how.recipe.rht ? finish(whole) : whole);
+    }
+    if constexpr (kTranspose && kWarp) __syncthreads();        // before the next tile
+  }
+  most = max_down<S>(max_along<S>(most));
+  most_rotated = max_down<S>(max_along<S>(most_rotated));
+  if (threadIdx.x % S::kLanes) return;
+  if (plain) atomicMax(plain, most);
+  if (rotated) atomicMax(rotated, finish(most_rotated));
+}
+
+// ------------------------------------------------------------------ rounding and storing a block
+// magnitude[j]: |v[j]| rounded to the grid. `block16`: number of the 16-block in its operand, which names its random bits; a block of 32 takes two.
+template <int kN> __device__ __forceinline__ void round_block(float (&magnitude)[kN], const float (&v)[kN], bool stochastic, RandomKey key, uint64_t block16) {
   if (stochastic) {
-    const uint4 r = random_block(key, block16);
-    uint8_t random[16];
-    memcpy(random, &r, 16);
-    float u[16];                                   // midpoints of 256 intervals: unbiased, and never 0 or 1
 #pragma unroll
-    for (int j = 0; j < 16; j++) u[j] = (float)(2 * random[j] + 1) * (1.0f / 512);
+    for (int half = 0; half < kN / 16; half++) {
+      const uint4 r = random_block(key, block16 + half);
+      const uint32_t words[4] = {r.x, r.y, r.z, r.w};
+      float u[16];                                 // midpoints of 256 intervals: unbiased, and never 0 or 1
 #pragma unroll
-    for (int j = 0; j < 16; j++) index[j] = e2m1_index_sr(fabsf(v[j]), u[j]);
+      for (int j = 0; j < 16; j++) u[j] = byte_uniform(words[j / 4] >> (8 * (j % 4)) & 0xff);
+#pragma unroll
+      for (int j = 0; j < 16; j++) magnitude[16 * half + j] = e2m1_round_sr(fabsf(v[16 * half + j]), u[j]);
+    }
   } else {
 #pragma unroll
-    for (int j = 0; j < 16; j++) index[j] = e2m1_index_rn(fabsf(v[j]));
+    for (int j = 0; j < kN; j++) magnitude[j] = e2m1_round(fabsf(v[j]));
   }
 }
-// Writes codes, and values index * scale * outer, of 16 elements from column `col` on; the signs are those of v.
-__device__ __forceinline__ void store_block(const Operand4& out, int row, int col, const int (&index)[16], const float (&v)[16], float scale,
-                                            float outer) {
+__device__ __forceinline__ float with_sign_of(float magnitude, float v) { return bits_float(float_bits(magnitude) | (float_bits(v) & 0x80000000u)); }
+// Writes codes, and values magnitude * scale (* outer), of the elements from column `col` on; the signs are those of v.
+template <int kN>
+__device__ __forceinline__ void store_block(const Operand4& out, int row, int col, const float (&magnitude)[kN], const float (&v)[kN], float scale,
+                                            bool has_outer = false, float outer = 1) {
   const size_t at = (size_t)row * out.ld + col;
   if (out.codes) {
-    uint32_t words[2] = {0, 0};
+    Vec<uint32_t, kN / 8> words = {};
 #pragma unroll
-    for (int j = 0; j < 16; j++) words[j / 8] |= (uint32_t)(index[j] | e2m1_sign(v[j])) << (4 * (j % 8));
-    *reinterpret_cast<uint2*>(out.codes + at / 2) = make_uint2(words[0], words[1]);
+    for (int j = 0; j < kN; j++) words.v[j / 8] |= (uint32_t)(e2m1_index(magnitude[j]) | e2m1_sign(v[j])) << (4 * (j % 8));
+    *reinterpret_cast<Vec<uint32_t, kN / 8>*>(out.codes + at / 2) = words;
   }
   if (out.values) {
-    Vec<floatX, 16> q;
+    Vec<floatX, kN> q;
+    if (has_outer) {
 #pragma unroll
-    for (int j = 0; j < 16; j++) {
-      const float magnitude = e2m1_magnitude(index[j]) * scale * outer;
-      q.v[j] = from_float<floatX>(bits_float(float_bits(magnitude) | (float_bits(v[j]) & 0x80000000u)));
+      for (int j = 0; j < kN; j++) q.v[j] = from_float<floatX>(with_sign_of(magnitude[j] * scale * outer, v[j]));
+    } else {
+#pragma unroll
+      for (int j = 0; j < kN; j++) q.v[j] = from_float<floatX>(with_sign_of(magnitude[j] * scale, v[j]));
     }
     store_vec(out.values + at, q);
   }
 }
-// Zeros for 16 columns of padding. bytes: 8 (FP4) or 16 (FP8) of codes.
-__device__ __forceinline__ void clear_block(const Operand4& out, int row, int col, int bytes) {
+// The same for FP8 elements: values e4m3(v) * scale, or e5m2.
+template <int kN> __device__ __forceinline__ void store_fp8_block(const Operand4& out, int row, int col, const float (&v)[kN], bool e4m3, float scale) {
   const size_t at = (size_t)row * out.ld + col;
-  if (out.codes) for (int j = 0; j < bytes; j++) out.codes[at * bytes / 16 + j] = 0;
-  if (out.values) for (int j = 0; j < 16; j++) out.values[at + j] = from_float<floatX>(0);
+  if (out.codes) {
+    Vec<uint8_t, kN> codes;
+#pragma unroll
+    for (int j = 0; j < kN; j++) codes.v[j] = e4m3 ? e4m3_encode(v[j]) : e5m2_encode(v[j]);
+    store_vec(out.codes + at, codes);
+  }
+  if (out.values) {
+    Vec<floatX, kN> q;
+#pragma unroll
+    for (int j = 0; j < kN; j++) q.v[j] = from_float<floatX>((e4m3 ? e4m3_round(v[j]) : e5m2_round(v[j])) * scale);
+    store_vec(out.values + at, q);
+  }
+}
+// Zeros for kN columns of padding. bytes: of codes for 16 columns: 8 (FP4) or 16 (FP8).
+template <int kN> __device__ __forceinline__ void clear_block(const Operand4& out, int row, int col, int bytes) {
+  const size_t at = (size_t)row * out.ld + col;
+  if (out.codes) for (int j = 0; j < bytes * (kN / 16); j++) out.codes[at * bytes / 16 + j] = 0;
+  if (out.values) for (int j = 0; j < kN; j++) out.values[at + j] = from_float<floatX>(0);
+}
+// v / d, each correctly rounded. A GPU's division takes ten operations and more, most of them to find 1/d: here it is found once. Two
+// corrections by multiply-add then give the correctly rounded quotient as long as nothing leaves the normal range; else it really divides.
+template <int kN> __device__ __forceinline__ void divide_block(float (&v)[kN], float d) {
+  if (!kOnCpu && d > 0x1p-80f && d < 0x1p80f) {
+    const float r = 1.0f / d;
+#pragma unroll
+    for (int j = 0; j < kN; j++) {
+      float q = __fmul_rn(v[j], r);
+      q = fmaf(fmaf(-q, d, v[j]), r, q);
+      v[j] = with_sign_of(fabsf(fmaf(fmaf(-q, d, v[j]), r, q)), v[j]);       // -0 stays -0
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < kN; j++) v[j] = v[j] / d;
+  }
 }
 
 // ------------------------------------------------------------------ NVFP4
@@ -230,7 +504,7 @@ struct BlockScale {
   __device__ __forceinline__ float on_grid(float v) const { return divide != 0 ? v / divide : __fmul_rn(v, encode); }
   // squared error of an element, rounded to nearest
   __device__ __forceinline__ float error(float v) const {
-    const float d = __fsub_rn(e2m1_magnitude(e2m1_index_rn(fabsf(on_grid(v)))) * (scale * outer), fabsf(v));
+    const float d = __fsub_rn(__fmul_rn(e2m1_round(fabsf(on_grid(v))), scale * outer), fabsf(v));
     return __fmul_rn(d, d);
   }
 };
@@ -264,128 +538,151 @@ struct ErrorPair {
   float six = 0, four = 0;
   __device__ __forceinline__ void add(const float (&v)[16], const BlockScale& at6, const BlockScale& at4) {
     float block6 = 0, block4 = 0;
+#pragma unroll
     for (int j = 0; j < 16; j++) { block6 = __fadd_rn(block6, at6.error(v[j])); block4 = __fadd_rn(block4, at4.error(v[j])); }
     six = __fadd_rn(six, block6);
     four = __fadd_rn(four, block4);
   }
 };
-// Four over six in 16x16 tiles: one choice for the 256 elements, left in the tile's sign bit. A thread a tile. Without a rotation it goes through the
-// rows of the source, also for the transposed operand, so that W and W^T choose alike.
-template <bool kTranspose, bool kHadamard, class T>
-__global__ void tile_four_six_kernel(unsigned* tile_amax, const T* x, int rows, int cols, BlockHow how, const float* amax) {
-  const int blocks = ceil_div(cols, 16), tile = blockIdx.x * blockDim.x + threadIdx.x;
+// Four over six in 16x16 tiles: one choice for the 256 elements; four[tile] = 1 where 4 is better. A thread a tile: W is small. Without a rotation it
+// goes through the rows of the source, also for the transposed operand, so that W and W^T choose alike.
+template <bool kTranspose, class Source>
+__global__ void tile_four_six_kernel(uint32_t* four, Source x, int rows, int cols, BlockHow how, const float* amax) {
+  const int blocks = ceil_div(cols, 16), tile = blockIdx.x * blockDim.x + threadIdx.x, rht = how.recipe.rht;
   if (tile >= ceil_div(rows, 16) * blocks) return;
-  constexpr bool kTurn = kTranspose && !kHadamard;          // walk through the source instead of the operand
-  const int walk_row = kTurn ? tile % blocks : tile / blocks, walk_block = kTurn ? tile / blocks : tile % blocks;
-  const int walk_rows = kTurn ? cols : rows, walk_cols = kTurn ? rows : cols;
-  const float tile_max = bits_float(tile_amax[tile]);
-  const BlockScale at6 = block_scale(how.recipe, tile_max, *amax), at4 = block_scale(how.recipe, tile_max, *amax, 1.5f);
+  const int first_row = tile / blocks * 16, first_col = tile % blocks * 16;
+  const bool turn = kTranspose && !rht;                     // walk through the source instead of the operand
+  x = x.ready();
+  auto walk = [&](auto visit) {
+    for (int i = 0; i < 16; i++) {
+      float v[16];
+      for (int j = 0; j < 16; j++)
+        v[j] = turn ? x.at(first_col + i, first_row + j) : kTranspose ? x.at(first_col + j, first_row + i) : x.at(first_row + i, first_col + j);
+      if (rht) {
+        rht16(v, (uint32_t)how.signs.word[0]);
+        if (rounds_rotated(how.recipe)) for (float& e : v) e = to_float(to_bf16(e));
+      }
+      visit(v);
+    }
+  };
+  unsigned most = 0;
+  walk([&](float (&v)[16]) { most = max(most, block_amax_bits(v)); });
+  const BlockScale at6 = block_scale(how.recipe, bits_float(most), *amax), at4 = block_scale(how.recipe, bits_float(most), *amax, 1.5f);
   ErrorPair error;
-  for (int row = walk_row * 16; row < min(walk_row * 16 + 16, walk_rows); row++) {
-    float v[16];
-    load_block<kTranspose && !kTurn, kHadamard>(v, x, row, walk_block, walk_rows, walk_cols, how.signs, rounds_rotated(how.recipe));
-    error.add(v, at6, at4);
-  }
-  if (error.four < error.six) tile_amax[tile] |= 0x80000000u;
+  walk([&](float (&v)[16]) { error.add(v, at6, at4); });
+  four[tile] = error.four < error.six;
 }
 
 // MS-EDEN: sums over a block that is on the grid, of v*v and of v*q; their quotient corrects the bias of rounding to nearest.
 struct EdenSums {
   float vv = 0, vq = 0;
-  __device__ __forceinline__ void add(const float (&v)[16], const int (&index)[16]) {
+  __device__ __forceinline__ void add(const float (&v)[16], const float (&magnitude)[16]) {
+#pragma unroll
     for (int j = 0; j < 16; j++) {
       vv = __fadd_rn(vv, __fmul_rn(v[j], v[j]));
-      vq = __fadd_rn(vq, __fmul_rn(fabsf(v[j]), e2m1_magnitude(index[j])));
+      vq = __fadd_rn(vq, __fmul_rn(fabsf(v[j]), magnitude[j]));
     }
   }
   __device__ __forceinline__ float correction() const { return vq == 0 ? 1.0f : vv / vq; }
 };
-// corrections[row, block/8]: MS-EDEN with one correction for 128 elements. A thread for 8 blocks.
-__global__ void eden128_kernel(float* corrections, const float* x, int rows, int cols, OperandRecipe how, const float* amax) {
-  const int blocks = ceil_div(cols, 16), groups = ceil_div(blocks, 8), i = blockIdx.x * blockDim.x + threadIdx.x, row = i / groups;
-  if (row >= rows) return;
+// One correction for 128 columns: a row's sums run on from block to block, and from lane to lane.
+template <class S> __device__ __forceinline__ float eden_correction128(const float (&v)[S::kUnits][16], const float (&magnitude)[S::kUnits][16]) {
   EdenSums sums;
-  for (int block = i % groups * 8; block < min(i % groups * 8 + 8, blocks); block++) {
-    float v[16];
-    int index[16];
-    load_block<false, false>(v, x, row, block, rows, cols, 0, false);
-    const BlockScale s = block_scale(how, bits_float(block_amax_bits(v)), *amax);
-    for (int j = 0; j < 16; j++) v[j] = s.on_grid(v[j]);
-    round_block(index, v, false, {}, 0);
-    sums.add(v, index);
+  for (int turn = 0; turn < S::kAlong; turn++) {
+#pragma unroll
+    for (int u = 0; u < S::kUnits; u++) sums.add(v[u], magnitude[u]);
+    if (S::kAlong > 1) {                                      // all go on from what lane `turn` of the row has
+      const int from = (int)(threadIdx.x % S::kLanes) / S::kAlong * S::kAlong + turn;
+      sums.vv = __shfl_sync(0xffffffffu, sums.vv, from);
+      sums.vq = __shfl_sync(0xffffffffu, sums.vq, from);
+    }
   }
-  corrections[i] = sums.correction();
+  return sums.correction();
 }
 
-// Pass 2: codes and scales. A thread a block of 16.
-template <bool kTranspose, bool kHadamard, class T>
-__global__ void nvfp4_kernel(Operand4 out, const unsigned* groups, const T* x, BlockHow how) {
+// Pass 2: codes and scales. four_tiles: the choice of four over six in 16x16 tiles.
+template <bool kTranspose, bool kWarp, class Source>
+__global__ void __launch_bounds__(kStripThreads, 6) nvfp4_kernel(Operand4 out, const uint32_t* four_tiles, Source x, BlockHow how) {
+  using S = Share<16, kWarp>;
   const OperandRecipe& recipe = how.recipe;
-  const auto [row, block, inside] = block_place<kTranspose>(how);
-  if (!inside) return;
+  alignas(16) __shared__ typename Source::Element shared[kTranspose && kWarp ? tile_elements<typename Source::Element>() : 1];
+  const StripPlace at = strip_place<S, kTranspose>(own_unit<S>(), how.rows_covered, how.cols_covered);
+  const Source source = x.ready();
+  const StripRows<S, kTranspose, Source> rows(source, at, shared);
+  if (!at.inside) return;                                     // whole warps
+  const bool tile = recipe.blocks == Blocks::b16x16, wide = recipe.outer == Outer::b1x128, four_six = recipe.scale == ScaleRule::four_six;
   const int blocks = ceil_div(out.cols, 16);
-  if (row >= out.rows || block >= blocks) {        // padding
-    if (out.scales) out.scales[scale_offset(row, block, blocks)] = 0;
-    if (row < out.rows && block * 16 < out.ld) clear_block(out, row, block * 16, 8);
-    return;
-  }
-  float v[16];
-  load_block<kTranspose, kHadamard>(v, x, row, block, out.rows, out.cols, how.signs, rounds_rotated(recipe));
-  const bool tile = recipe.blocks == Blocks::b16x16, wide = recipe.outer == Outer::b1x128;
-  const unsigned tile_word = tile ? groups[group_index(Groups::tile16, row, block, blocks)] : 0;
-  const float block_amax = bits_float(tile ? tile_word & 0x7fffffffu : block_amax_bits(v));
-  const float outer_amax = wide ? bits_float(groups[group_index(Groups::columns128, row, block, blocks)]) : *out.amax;
-  BlockScale s = block_scale(recipe, block_amax, outer_amax);
-  if (recipe.scale == ScaleRule::four_six) {
-    const BlockScale four = block_scale(recipe, block_amax, outer_amax, 1.5f);
-    ErrorPair error;
-    if (!tile) error.add(v, s, four);
-    if (tile ? tile_word >> 31 != 0 : error.four < error.six) s = four;
-  }
-  if (s.divide != 0) {
+  const float tensor_amax = wide ? 0.0f : *out.amax;
+  RowPart<S> v;
+  unsigned tile_amax[S::kUnits] = {};
+  if (tile) {
+#pragma unroll 1
+    for (int i = 0; i < S::kRows; i++) {
+      how.row<S>(v, rows, i, out.cols);
 #pragma unroll
-    for (int j = 0; j < 16; j++) v[j] = v[j] / s.divide;
-  } else {
+      for (int u = 0; u < S::kUnits; u++) tile_amax[u] = max(tile_amax[u], block_amax_bits(v[u]));
+    }
 #pragma unroll
-    for (int j = 0; j < 16; j++) v[j] = __fmul_rn(v[j], s.encode);
+    for (int u = 0; u < S::kUnits; u++) tile_amax[u] = max_down<S>(tile_amax[u]);
   }
-  int index[16];
-  const uint64_t block16 = (uint64_t)row * blocks + block;
-  round_block(index, v, recipe.rounding == Rounding::stochastic, how.key, block16);
-  if (is_eden(recipe)) {                           // the scale takes the correction, and is rounded stochastically: 16 random bits
-    float correction;
-    if (recipe.rounding == Rounding::eden128) correction = bits_float(groups[group_index(Groups::columns128, row, block, blocks)]);
-    else { EdenSums sums; sums.add(v, index); correction = sums.correction(); }
-    const float u = (float)(2 * (random_block(how.key, block16).x & 0xffff) + 1) * 0x1p-17f;
-    s.byte = e4m3_encode_sr(s.scale * correction, u);
-    s.scale = e4m3_decode(s.byte);
+#pragma unroll 1
+  for (int i = 0; i < S::kRows; i++) {
+    const int row = rows.row(i);
+    how.row<S>(v, rows, i, out.cols);
+    const float outer_amax = wide ? bits_float(max_along<S>(row_amax_bits(v))) : tensor_amax;
+    float magnitude[S::kUnits][16];
+    BlockScale scale[S::kUnits];
+#pragma unroll
+    for (int u = 0; u < S::kUnits; u++) {
+      const int block = at.col / 16 + u;
+      const float block_amax = bits_float(tile ? tile_amax[u] : block_amax_bits(v[u]));
+      BlockScale& s = scale[u];
+      s = block_scale(recipe, block_amax, outer_amax);
+      if (four_six) {
+        const BlockScale four = block_scale(recipe, block_amax, outer_amax, 1.5f);
+        ErrorPair error;
+        if (!tile) error.add(v[u], s, four);
+        if (tile ? row < out.rows && block < blocks && four_tiles[(size_t)(row / 16) * blocks + block] : error.four < error.six) s = four;
+      }
+      if (s.divide != 0) divide_block(v[u], s.divide);
+      else {
+#pragma unroll
+        for (int j = 0; j < 16; j++) v[u][j] = __fmul_rn(v[u][j], s.encode);
+      }
+      round_block(magnitude[u], v[u], recipe.rounding == Rounding::stochastic, how.key, (uint64_t)row * blocks + block);
+    }
+    if (is_eden(recipe)) {                                    // the scale takes the correction, and is rounded stochastically: 16 random bits
+      const float correction128 = recipe.rounding == Rounding::eden128 ? eden_correction128<S>(v, magnitude) : 0;
+#pragma unroll
+      for (int u = 0; u < S::kUnits; u++) {
+        EdenSums sums;
+        if (recipe.rounding == Rounding::eden16) sums.add(v[u], magnitude[u]);
+        const float correction = recipe.rounding == Rounding::eden16 ? sums.correction() : correction128;
+        const uint32_t random = random_block(how.key, (uint64_t)row * blocks + at.col / 16 + u).x & 0xffff;
+        scale[u].byte = e4m3_encode_sr(scale[u].scale * correction, (float)(2 * random + 1) * 0x1p-17f);
+        scale[u].scale = e4m3_decode(scale[u].byte);
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < S::kUnits; u++) {
+      const int block = at.col / 16 + u, col = block * 16;
+      if (row < out.rows && block < blocks) {
+        if (out.scales) out.scales[scale_offset(row, block, blocks)] = scale[u].byte;
+        if (wide && out.outer && block % 8 == 0) out.outer[(size_t)row * ceil_div(blocks, 8) + block / 8] = scale[u].outer;
+        store_block(out, row, col, magnitude[u], v[u], scale[u].scale, wide, scale[u].outer);
+      } else if (row < how.rows_covered && col < how.cols_covered) {           // padding
+        if (out.scales) out.scales[scale_offset(row, block, blocks)] = 0;
+        if (row < out.rows && col < out.ld) clear_block<16>(out, row, col, 8);
+      }
+    }
   }
-  if (out.scales) out.scales[scale_offset(row, block, blocks)] = s.byte;
-  if (wide && out.outer && block % 8 == 0) out.outer[group_index(Groups::columns128, row, block, blocks)] = s.outer;
-  store_block(out, row, block * 16, index, v, s.scale, wide ? s.outer : 1.0f);
-}
-
-// ------------------------------------------------------------------ one scale for each row of the operand
-template <bool kTranspose, class T> __global__ void vector_kernel(Operand4 out, const unsigned* row_amax, const T* x, BlockHow how) {
-  const auto [row, block, inside] = block_place<kTranspose>(how);
-  if (!inside) return;
-  const int blocks = ceil_div(out.cols, 16);
-  if (block >= blocks) { clear_block(out, row, block * 16, 8); return; }
-  float v[16];
-  load_block<kTranspose, false>(v, x, row, block, out.rows, out.cols, 0, false);
-  float scale = bits_float(row_amax[row]) / kE2M1Max;
-  if (scale == 0) scale = 1;
-  for (int j = 0; j < 16; j++) v[j] = v[j] / scale;
-  int index[16];
-  round_block(index, v, how.recipe.rounding == Rounding::stochastic, how.key, (uint64_t)row * blocks + block);
-  if (out.outer && block == 0) out.outer[row] = scale;
-  store_block(out, row, block * 16, index, v, scale, 1);
 }
 
 // ------------------------------------------------------------------ MXFP4, MXFP8: a power of two for 32 elements
 // Population standard deviation; the variance, which rounding may have made negative, is clamped. Sums in ascending order.
 __device__ inline float standard_deviation(const float (&v)[32]) {
   float sum = 0, squares = 0;
+#pragma unroll
   for (int j = 0; j < 32; j++) { sum = __fadd_rn(sum, v[j]); squares = __fadd_rn(squares, __fmul_rn(v[j], v[j])); }
   const float mean = sum / 32, variance = __fsub_rn(squares / 32, __fmul_rn(mean, mean));
   return sqrtf(variance < 0 ? 0.0f : variance);             // a NaN stays
@@ -403,122 +700,102 @@ __device__ inline uint8_t mx_scale(const OperandRecipe& how, const float (&v)[32
   const float s = __fadd_rn(__fmul_rn((float)(2.92247856 / 6), standard_deviation(v)), 1e-8f);
   return how.scale == ScaleRule::quest_floor ? e8m0_encode_floor(s) : e8m0_encode_nearest(s);
 }
-// A thread a block of 32.
-template <bool kTranspose, class T> __global__ void mx_kernel(Operand4 out, const T* x, BlockHow how) {
-  const auto [row, block, inside] = block_place<kTranspose>(how);
-  if (!inside) return;
+template <bool kTranspose, bool kWarp, class Source> __global__ void __launch_bounds__(kStripThreads, 4) mx_kernel(Operand4 out, Source x, BlockHow how) {
+  using S = Share<32, kWarp>;
+  alignas(16) __shared__ typename Source::Element shared[kTranspose && kWarp ? tile_elements<typename Source::Element>() : 1];
+  const StripPlace at = strip_place<S, kTranspose>(own_unit<S>(), how.rows_covered, how.cols_covered);
+  const Source source = x.ready();
+  const StripRows<S, kTranspose, Source> rows(source, at, shared);
+  if (!at.inside) return;                                     // whole warps
   const int blocks = ceil_div(out.cols, 32);
-  const bool fp8 = how.recipe.format == Format::mxfp8;
-  if (row >= out.rows || block >= blocks) {        // padding
-    if (out.scales) out.scales[scale_offset(row, block, blocks)] = 0;
-    if (row < out.rows && block * 32 < out.ld) {
-      for (int half = 0; half < 2; half++) clear_block(out, row, block * 32 + half * 16, fp8 ? 16 : 8);
-      if (out.mask) out.mask[(size_t)row * (out.ld / 32) + block] = 0;
-    }
-    return;
-  }
-  float v[32];
-  for (int half = 0; half < 2; half++) {
-    float part[16];
-    load_block<kTranspose, false>(part, x, row, 2 * block + half, out.rows, out.cols, 0, false);
+  const bool fp8 = how.recipe.format == Format::mxfp8, thrice = how.recipe.format == Format::mxfp4 && how.recipe.scale == ScaleRule::range34;
+#pragma unroll 1
+  for (int i = 0; i < S::kRows; i++) {
+    RowPart<S> part;
+    how.row<S>(part, rows, i, out.cols);
 #pragma unroll
-    for (int j = 0; j < 16; j++) v[half * 16 + j] = part[j];
-  }
-  const uint8_t byte = mx_scale(how.recipe, v);
-  const float scale = e8m0_decode(byte), reciprocal = e8m0_reciprocal(byte);
-  if (how.recipe.format == Format::mxfp4 && how.recipe.scale == ScaleRule::range34) for (int j = 0; j < 32; j++) v[j] *= 3;
-  for (int j = 0; j < 32; j++) v[j] *= reciprocal;
-  if (out.scales) out.scales[scale_offset(row, block, blocks)] = byte;
-  if (out.mask) {
-    uint32_t word = 0;
-    for (int j = 0; j < 32; j++) word |= (uint32_t)(fabsf(v[j]) < kE2M1Max) << j;
-    out.mask[(size_t)row * (out.ld / 32) + block] = word;
-  }
-  const size_t at = (size_t)row * out.ld + block * 32;
-  if (fp8) {
-    for (int j = 0; j < 32; j++) {
-      const uint8_t code = e4m3_encode(v[j]);
-      if (out.codes) out.codes[at + j] = code;
-      if (out.values) out.values[at + j] = from_float<floatX>(e4m3_decode(code) * scale);
-    }
-    return;
-  }
-  for (int half = 0; half < 2; half++) {
-    float part[16];
-    int index[16];
+    for (int u = 0; u < S::kUnits; u++) {
+      const int row = rows.row(i), block = at.col / 32 + u, col = block * 32;
+      if (row >= out.rows || block >= blocks) {               // padding
+        if (row >= how.rows_covered || col >= how.cols_covered) continue;
+        if (out.scales) out.scales[scale_offset(row, block, blocks)] = 0;
+        if (row < out.rows && col < out.ld) {
+          clear_block<32>(out, row, col, fp8 ? 16 : 8);
+          if (out.mask) out.mask[(size_t)row * (out.ld / 32) + block] = 0;
+        }
+        continue;
+      }
+      float (&v)[32] = part[u];
+      const uint8_t byte = mx_scale(how.recipe, v);
+      const float scale = e8m0_decode(byte), reciprocal = e8m0_reciprocal(byte);
+      if (thrice) {
 #pragma unroll
-    for (int j = 0; j < 16; j++) part[j] = v[half * 16 + j];
-    round_block(index, part, how.recipe.rounding == Rounding::stochastic, how.key, 2 * ((uint64_t)row * blocks + block) + half);
-    store_block(out, row, block * 32 + half * 16, index, part, scale, 1);
+        for (int j = 0; j < 32; j++) v[j] *= 3;
+      }
+#pragma unroll
+      for (int j = 0; j < 32; j++) v[j] *= reciprocal;
+      if (out.scales) out.scales[scale_offset(row, block, blocks)] = byte;
+      if (out.mask) {
+        uint32_t word = 0;
+#pragma unroll
+        for (int j = 0; j < 32; j++) word |= (uint32_t)(fabsf(v[j]) < kE2M1Max) << j;
+        out.mask[(size_t)row * (out.ld / 32) + block] = word;
+      }
+      if (fp8) { store_fp8_block(out, row, col, v, true, scale); continue; }
+      float magnitude[32];
+      round_block(magnitude, v, how.recipe.rounding == Rounding::stochastic, how.key, 2 * ((uint64_t)row * blocks + block));
+      store_block(out, row, col, magnitude, v, scale);
+    }
   }
 }
 
-// ------------------------------------------------------------------ FP8, one scale a tensor; and no quantization at all
-template <bool kTranspose, class T> __global__ void fp8_kernel(Operand4 out, const T* x, BlockHow how) {
-  const auto [row, block, inside] = block_place<kTranspose>(how);
-  if (!inside) return;
-  if (block >= ceil_div(out.cols, 16)) { clear_block(out, row, block * 16, 16); return; }
-  float v[16];
-  load_block<kTranspose, false>(v, x, row, block, out.rows, out.cols, 0, false);
-  const bool e4m3 = how.recipe.format == Format::fp8_e4m3;
-  const float encode = tensor_scale(*out.amax, e4m3 ? kE4M3Max : kE5M2Max).encode;
-  const size_t at = (size_t)row * out.ld + block * 16;
-  for (int j = 0; j < 16; j++) {
-    const float scaled = v[j] * encode;
-    const uint8_t code = e4m3 ? e4m3_encode(scaled) : e5m2_encode(scaled);
-    if (out.codes) out.codes[at + j] = code;
-    if (out.values) out.values[at + j] = from_float<floatX>(e4m3 ? e4m3_decode(code) : e5m2_decode(code));
+// ------------------------------------------------------------------ one scale for each row; FP8, one scale a tensor; no quantization at all
+template <bool kTranspose, bool kWarp, class Source>
+__global__ void __launch_bounds__(kStripThreads, 6) plain_kernel(Operand4 out, const unsigned* row_amax, Source x, BlockHow how) {
+  using S = Share<16, kWarp>;
+  alignas(16) __shared__ typename Source::Element shared[kTranspose && kWarp ? tile_elements<typename Source::Element>() : 1];
+  const StripPlace at = strip_place<S, kTranspose>(own_unit<S>(), how.rows_covered, how.cols_covered);
+  const Source source = x.ready();
+  const StripRows<S, kTranspose, Source> rows(source, at, shared);
+  if (!at.inside) return;                                     // whole warps
+  const Format format = how.recipe.format;
+  const int blocks = ceil_div(out.cols, 16);
+  const bool e4m3 = format == Format::fp8_e4m3;
+  const float encode = is_fp8(format) ? tensor_scale(*out.amax, e4m3 ? kE4M3Max : kE5M2Max).encode : 1;
+#pragma unroll 1
+  for (int i = 0; i < S::kRows; i++) {
+    RowPart<S> part;
+    how.row<S>(part, rows, i, out.cols);
+#pragma unroll
+    for (int u = 0; u < S::kUnits; u++) {
+      const int row = rows.row(i), block = at.col / 16 + u, col = block * 16;
+      if (row >= out.rows || col >= out.ld) continue;
+      float (&v)[16] = part[u];
+      if (format == Format::exact) {
+        Vec<floatX, 16> q;
+#pragma unroll
+        for (int j = 0; j < 16; j++) q.v[j] = from_float<floatX>(v[j]);
+        store_vec(out.values + (size_t)row * out.ld + col, q);
+        if (out.mask && block % 2 == 0) out.mask[(size_t)row * (out.ld / 32) + block / 2] = 0xffffffffu;
+      } else if (block >= blocks) {
+        clear_block<16>(out, row, col, is_fp8(format) ? 16 : 8);
+      } else if (is_fp8(format)) {
+#pragma unroll
+        for (int j = 0; j < 16; j++) v[j] *= encode;
+        store_fp8_block(out, row, col, v, e4m3, 1.0f);
+      } else {
+        float scale = bits_float(row_amax[row]) / kE2M1Max, magnitude[16];
+        if (scale == 0) scale = 1;
+        divide_block(v, scale);
+        round_block(magnitude, v, how.recipe.rounding == Rounding::stochastic, how.key, (uint64_t)row * blocks + block);
+        if (out.outer && block == 0) out.outer[row] = scale;
+        store_block(out, row, col, magnitude, v, scale);
+      }
+    }
   }
-}
-template <bool kTranspose, class T> __global__ void exact_kernel(Operand4 out, const T* x, BlockHow how) {
-  const auto [row, block, inside] = block_place<kTranspose>(how);
-  if (!inside) return;
-  float v[16];
-  load_block<kTranspose, false>(v, x, row, block, out.rows, out.cols, 0, false);
-  for (int j = 0; j < 16; j++) out.values[(size_t)row * out.ld + block * 16 + j] = from_float<floatX>(v[j]);
-  if (out.mask && block % 2 == 0) out.mask[(size_t)row * (out.ld / 32) + block / 2] = 0xffffffffu;
-}
-
-// ------------------------------------------------------------------ dequantization: what a packed operand stands for
-// The FP32 scale of element (row, col): its block's, times the outer one.
-struct ElementScale { float block, outer; };
-__device__ inline ElementScale element_scale(const Operand4& p, const OperandRecipe& how, int row, int col) {
-  ElementScale s = {1, 1};
-  if (how.format == Format::nvfp4) s.block = e4m3_decode(p.scales[scale_offset(row, col / 16, ceil_div(p.cols, 16))]);
-  if (is_mx(how.format)) s.block = e8m0_decode(p.scales[scale_offset(row, col / 32, ceil_div(p.cols, 32))]);
-  if (how.format == Format::fp4_vector) s.outer = p.outer[row];
-  else if (how.format == Format::nvfp4 && how.outer == Outer::b1x128) s.outer = p.outer[(size_t)row * ceil_div(p.cols, 128) + col / 128];
-  else if (how.format != Format::exact) s.outer = tensor_scale_decode(how, p.amax ? *p.amax : 1.0f);
-  return s;
-}
-__device__ inline float dequantized(const Operand4& p, const OperandRecipe& how, int row, int col) {
-  const size_t at = (size_t)row * p.ld + col;
-  if (how.format == Format::exact) return to_float(p.values[at]);
-  const ElementScale s = element_scale(p, how, row, col);
-  const bool e4m3 = how.format == Format::fp8_e4m3 || how.format == Format::mxfp8;
-  const float code = how.format == Format::fp8_e5m2 ? e5m2_decode(p.codes[at])
-                     : e4m3 ? e4m3_decode(p.codes[at]) : e2m1_decode(p.codes[at / 2] >> (4 * (col % 2)) & 15);
-  return code * s.block * s.outer;
-}
-template <class T> __global__ void dequantize_kernel(T* out, Operand4 p, OperandRecipe how) {
-  const unsigned i = blockIdx.x * blockDim.x + threadIdx.x, row = i / p.cols;
-  if (row < (unsigned)p.rows) out[i] = from_float<T>(dequantized(p, how, row, i % p.cols));
-}
-// out [rows, cols] = the values of a packed operand, all scales included.
-template <class T> void dequantize(T* out, const Operand4& p, const OperandRecipe& how) {
-  launch(dequantize_kernel<T>, ceil_div((unsigned)p.rows * p.cols, 256u), 256, 0, out, p, how);
 }
 
 // ------------------------------------------------------------------ the gather and rotation pass
-// Where a value comes from, by row and column of the source (before transposition).
-template <class T> struct Matrix {
-  const T* x; int cols;
-  __device__ float operator()(int r, int c) const { return to_float(x[(size_t)r * cols + c]); }
-};
-struct Packed {
-  Operand4 operand; OperandRecipe how;
-  __device__ float operator()(int r, int c) const { return dequantized(operand, how, r, c); }
-};
 // out [rows, cols] FP32 = the source or its transpose, rotated (unless kRotate is false) in groups of kN columns; cols is a multiple of kN, and
 // the source has `valid` of them, the rest are zeros. A block takes 32 rows of one group. kLanes neighbouring threads share a row's group: kN/4
 // on a GPU, one on the CPU. A transposed source is read along its own rows, through shared memory.
@@ -531,7 +808,7 @@ __global__ void gather_kernel(float* out, Source x, int rows, int cols, int vali
   if constexpr (kStaged) {
     for (int i = threadIdx.x; i < kN * 32; i += blockDim.x) {
       const int c = first_col + i / 32, r = first_row + i % 32;
-      staged[i / 32][i % 32] = c < valid && r < rows ? x(c, r) : 0.0f;
+      staged[i / 32][i % 32] = c < valid && r < rows ? x.at(c, r) : 0.0f;
     }
     __syncthreads();
   }
@@ -542,7 +819,7 @@ __global__ void gather_kernel(float* out, Source x, int rows, int cols, int vali
     for (int j = 0; j < kPer; j++) {
       const int i = lane + kLanes * j, c = first_col + i;
       if constexpr (kStaged) v[j] = staged[i][r];
-      else v[j] = row < rows && c < valid ? (kTranspose ? x(c, row) : x(row, c)) : 0.0f;
+      else v[j] = row < rows && c < valid ? (kTranspose ? x.at(c, row) : x.at(row, c)) : 0.0f;
       if (kRotate) v[j] = negate_if(v[j], signs.negated(i));
     }
     if constexpr (kRotate) hadamard<kN, kLanes>(v, lane);
@@ -572,103 +849,89 @@ template <class Source> void gather(float* out, const Source& x, int rows, int c
 }
 
 // ------------------------------------------------------------------ the host side
-template <bool kTranspose, bool kHadamard, class T>
-void launch_amax(const Operand4& out, Groups groups, uint32_t* group_amax, const T* x, uint32_t signs, bool round_rotated) {
-  const unsigned blocks = ceil_div(out.cols, 16);
-  device_zero(out.amax, 1);
-  if (groups == Groups::tile16) device_zero(group_amax, (size_t)ceil_div(out.rows, 16) * blocks);
-  if (groups == Groups::columns128) device_zero(group_amax, (size_t)out.rows * ceil_div(blocks, 8u));
-  if (groups == Groups::row) device_zero(group_amax, (size_t)out.rows);
-  constexpr int kThreads = kOnCpu ? 32 : 256;
-  const unsigned grid = min((unsigned)reduction_blocks(), ceil_div((unsigned)out.rows * blocks, (unsigned)kThreads));
-  launch(amax_kernel<kTranspose, kHadamard, kRowLanes, T>, grid, kThreads, 0, (unsigned*)out.amax, group_amax, groups, x, out.rows, out.cols, signs,
-         round_rotated);
+inline bool needs_amax(const OperandRecipe& r) {
+  return (r.format == Format::nvfp4 && r.outer == Outer::tensor) || is_fp8(r.format) || r.format == Format::fp4_vector;
 }
-
-template <bool kTranspose, bool kHadamard, class T> void launch_nvfp4(const Operand4& out, const T* x, BlockHow how, uint32_t* groups) {
+// A grid that gives every strip a warp (on the CPU: a thread).
+struct Grid { unsigned blocks, threads; };
+template <bool kTranspose, bool kWarp> Grid strips_grid(int rows, int cols) {
+  const unsigned units = strip_units<Share<16, kWarp>, kTranspose>(rows, cols);
+  return kWarp ? Grid{units, kStripThreads} : Grid{ceil_div(units, 8u), 8};
+}
+template <bool kTranspose, bool kWarp, class Source>
+void launch_amax(float* plain, float* rotated, uint32_t* row_amax, const Source& x, int rows, int cols, BlockHow how) {
+  if (plain) device_zero(plain, 1);
+  if (rotated) device_zero(rotated, 1);
+  if (row_amax) device_zero(row_amax, (size_t)rows);
+  how.rows_covered = rows;
+  how.cols_covered = cols;
+  const Grid grid = strips_grid<kTranspose, kWarp>(rows, cols);
+  const unsigned blocks = kOnCpu ? grid.blocks : min(grid.blocks, 12u * multiprocessors());
+  launch(amax_kernel<kTranspose, kWarp, Source>, blocks, grid.threads, 0, (unsigned*)plain, (unsigned*)rotated, row_amax, x, how);
+}
+template <bool kTranspose, bool kWarp, class Source>
+void launch_quantize(const Operand4& out, const Source& x, BlockHow how, uint32_t* groups, bool amax_known) {
   const OperandRecipe& r = how.recipe;
-  const unsigned blocks = ceil_div(out.cols, 16), threads = 256;
-  const Groups kind = r.blocks == Blocks::b16x16 ? Groups::tile16 : r.outer == Outer::b1x128 ? Groups::columns128 : Groups::none;
-  launch_amax<kTranspose, kHadamard>(out, kind, groups, x, how.signs, rounds_rotated(r));
-  if (r.blocks == Blocks::b16x16 && r.scale == ScaleRule::four_six) {
-    const unsigned tiles = ceil_div(out.rows, 16) * blocks, tile_threads = kOnCpu ? 8 : 64;
-    launch(tile_four_six_kernel<kTranspose, kHadamard, T>, ceil_div(tiles, tile_threads), tile_threads, 0, groups, x, out.rows, out.cols, how, out.amax);
-  }
-  if constexpr (std::is_same_v<T, float> && !kTranspose && !kHadamard)
-    if (r.rounding == Rounding::eden128)
-      launch(eden128_kernel, ceil_div((unsigned)out.rows * ceil_div(blocks, 8u), 64u), 64, 0, (float*)groups, x, out.rows, out.cols, r, out.amax);
+  if (needs_amax(r) && !amax_known)
+    launch_amax<kTranspose, kWarp>(r.rht ? nullptr : out.amax, r.rht ? out.amax : nullptr, r.format == Format::fp4_vector ? groups : nullptr, x, out.rows, out.cols, how);
   // The scale buffer has padding rows and blocks to clear; the emulation has neither, only columns up to ld.
+  const int scale_cols = is_mx(r.format) ? 32 : 16;
   how.rows_covered = out.scales ? round_up(out.rows, 128) : out.rows;
-  how.blocks_covered = out.scales ? round_up(blocks, 4u) : out.ld / 16;
-  launch(nvfp4_kernel<kTranspose, kHadamard, T>, ceil_div(how.rows_covered * how.blocks_covered, threads), threads, 0, out, groups, x, how);
-}
-template <bool kTranspose, class T> void launch_other_formats(const Operand4& out, const T* x, BlockHow how, uint32_t* groups) {
-  const unsigned threads = 256;
-  how.rows_covered = out.rows;
-  how.blocks_covered = out.ld / 16;
-  const unsigned grid = ceil_div(how.rows_covered * how.blocks_covered, threads);
-  switch (how.recipe.format) {
-    case Format::fp4_vector:
-      launch_amax<kTranspose, false>(out, Groups::row, groups, x, 0, false);
-      return launch(vector_kernel<kTranspose, T>, grid, threads, 0, out, groups, x, how);
-    case Format::fp8_e4m3: case Format::fp8_e5m2:
-      launch_amax<kTranspose, false>(out, Groups::none, nullptr, x, 0, false);
-      return launch(fp8_kernel<kTranspose, T>, grid, threads, 0, out, x, how);
-    case Format::exact: return launch(exact_kernel<kTranspose, T>, grid, threads, 0, out, x, how);
-    default:
-      how.rows_covered = out.scales ? round_up(out.rows, 128) : out.rows;
-      how.blocks_covered = out.scales ? round_up(ceil_div(out.ld, 32), 4) : out.ld / 32;
-      launch(mx_kernel<kTranspose, T>, ceil_div(how.rows_covered * how.blocks_covered, threads), threads, 0, out, x, how);
+  how.cols_covered = out.scales ? max(out.ld, round_up(ceil_div(out.cols, scale_cols), 4) * scale_cols) : out.ld;
+  const Grid grid = strips_grid<kTranspose, kWarp>(how.rows_covered, how.cols_covered);
+  if (is_mx(r.format)) return launch(mx_kernel<kTranspose, kWarp, Source>, grid.blocks, grid.threads, 0, out, x, how);
+  if (r.format != Format::nvfp4) return launch(plain_kernel<kTranspose, kWarp, Source>, grid.blocks, grid.threads, 0, out, groups, x, how);
+  if (r.blocks == Blocks::b16x16 && r.scale == ScaleRule::four_six) {
+    const unsigned tiles = ceil_div(out.rows, 16) * ceil_div(out.cols, 16), threads = kOnCpu ? 8 : 64;
+    launch(tile_four_six_kernel<kTranspose, Source>, ceil_div(tiles, threads), threads, 0, groups, x, out.rows, out.cols, how, (const float*)out.amax);
   }
-}
-// x is a matrix of the operand's shape, or of the transposed one; any rotation that is left to do is NVFP4's of 16 in registers.
-template <class T> void quantize_matrix(const Operand4& out, const T* x, const QuantizeHow& how, bool transpose, int rht, uint32_t* groups) {
-  const BlockHow block = {how.recipe, how.recipe.signs == Signs::none ? 0 : (uint32_t)how.sign_bits[0], how.key, 0, 0};
-  auto go = [&](auto turned) {
-    if (how.recipe.format != Format::nvfp4) launch_other_formats<turned.value>(out, x, block, groups);
-    else if (rht) launch_nvfp4<turned.value, true>(out, x, block, groups);
-    else launch_nvfp4<turned.value, false>(out, x, block, groups);
-  };
-  if (transpose) go(std::true_type{}); else go(std::false_type{});
+  launch(nvfp4_kernel<kTranspose, kWarp, Source>, grid.blocks, grid.threads, 0, out, groups, x, how);
 }
 
-inline void check_operand(const Operand4& out, const OperandRecipe& r, const QuantizeScratch& scratch, bool gathers) {
+inline void check_operand(const Operand4& out, const OperandRecipe& r, const uint32_t* groups) {
   const std::string problem = operand_problem(r, true);
   if (!problem.empty() || r.format == Format::bf16) die("quantize: %s", problem.empty() ? "format bf16 is not quantized" : problem.c_str());
   if ((size_t)round_up(out.rows, 128) * round_up(out.cols, 64) / 16 >= 1u << 31)
     die("operand [%d, %d] is too large to quantize in one piece; lower --batch", out.rows, out.cols);
   const bool vector = r.format == Format::fp4_vector, nv = r.format == Format::nvfp4;
-  const bool grouped = vector || (nv && (r.blocks == Blocks::b16x16 || r.outer == Outer::b1x128 || r.rounding == Rounding::eden128));
-  const bool half_packed = (nv || is_mx(r.format)) && !out.codes != !out.scales, no_amax = (nv || vector || is_fp8(r.format)) && !out.amax;
-  const bool no_scratch = (grouped && !scratch.groups) || (gathers && !scratch.rotated), no_values = r.format == Format::exact && !out.values;
-  if (out.ld != operand_ld(out.cols) || no_scratch || half_packed || no_amax || no_values)
+  const bool grouped = vector || (nv && r.blocks == Blocks::b16x16 && r.scale == ScaleRule::four_six);
+  const bool half_packed = (nv || is_mx(r.format)) && !out.codes != !out.scales, no_amax = needs_amax(r) && !out.amax;
+  if (out.ld != operand_ld(out.cols) || (grouped && !groups) || half_packed || no_amax || (r.format == Format::exact && !out.values))
     die("quantize: operand [%d, %d] ld %d: bad leading dimension, or missing buffers", out.rows, out.cols, out.ld);
 }
-// The operand of a source (Matrix or Packed) that has to go through the gather pass.
-template <class Source> void quantize_gathered(Operand4 out, const Source& x, const QuantizeHow& how, QuantizeScratch scratch) {
-  const int valid = out.cols, rht = how.recipe.rht;
-  out.cols = round_up(out.cols, max(16, rht));                  // whole groups; 16 or fewer columns more do not change ld nor the number of blocks
-  check_operand(out, how.recipe, scratch, true);
+inline SignBits how_signs(const QuantizeHow& how) {
   SignBits signs;
   if (how.recipe.signs != Signs::none) { signs.word[0] = how.sign_bits[0]; signs.word[1] = how.sign_bits[1]; }
-  gather(scratch.rotated, x, out.rows, out.cols, valid, how.transpose, rht, signs);
-  quantize_matrix(out, (const float*)scratch.rotated, how, false, 0, scratch.groups);
+  return signs;
 }
-
+template <bool kWarp, class Source> void quantize_source(Operand4 out, const Source& x, const QuantizeHow& how, uint32_t* groups) {
+  if (how.recipe.rht) out.cols = round_up(out.cols, how.recipe.rht);          // whole groups; ld stays as it is
+  check_operand(out, how.recipe, groups);
+  const BlockHow block = {how.recipe, how_signs(how), how.key, 0, 0};
+  if (how.transpose) return launch_quantize<true, kWarp>(out, x, block, groups, how.amax_known);
+  if constexpr (Source::kRowCopy) launch_quantize<false, kWarp>(out, x, block, groups, how.amax_known);
+  else die("quantize: from a packed operand only its transpose is made");
+}
 // Quantizes x, row-major bf16 or float, into the operand `out`, whose shape is that of x (or of x^T with how.transpose) and whose
-// pointers say what is written. out.ld = operand_ld(cols, rht). With rht 32 and more, a contraction axis that ends in a part of a group makes
-// an operand of rotated_cols(cols, rht) columns; out.cols is that of the source.
-// The source's rows and the operand's must start on 16-byte boundaries where cols is a multiple of 8 (any device_alloc does).
-template <class T> void quantize(const Operand4& out, const T* x, const QuantizeHow& how, QuantizeScratch scratch = {}) {
-  const OperandRecipe& r = how.recipe;
-  const bool in_registers = r.rht == 0 || (r.rht == 16 && r.format == Format::nvfp4);
-  if (!in_registers || r.rounding == Rounding::eden128) return quantize_gathered(out, Matrix<T>{x, how.transpose ? out.rows : out.cols}, how, scratch);
-  check_operand(out, r, scratch, false);
-  quantize_matrix(out, x, how, how.transpose, r.rht, scratch.groups);
+// pointers say what is written. out.ld = operand_ld(cols, rht). With a rotation, a contraction axis that ends in a part of a group makes an operand of
+// rotated_cols(cols, rht) columns; out.cols is that of the source. groups: group_words(rows, cols), for fp4_vector and for 16x16 tiles with four over
+// six. The source's rows and the operand's must start on 16-byte boundaries where cols is a multiple of 8 (any device_alloc does).
+// kWarp: how the work is shared out; only tests choose it.
+template <bool kWarp = !kOnCpu, class T> void quantize(const Operand4& out, const T* x, const QuantizeHow& how, uint32_t* groups = nullptr) {
+  quantize_source<kWarp>(out, Matrix<T>{x, how.transpose ? out.cols : out.rows, how.transpose ? out.rows : out.cols}, how, groups);
 }
-// The same from a packed operand, which `from_how` describes: double quantization. out has the shape of `from` (of its transpose, with how.transpose).
-inline void quantize(const Operand4& out, const Operand4& from, const OperandRecipe& from_how, const QuantizeHow& how, QuantizeScratch scratch) {
-  quantize_gathered(out, Packed{from, from_how}, how, scratch);
+// The transpose of a packed operand, which `from_how` describes: double quantization. how.transpose must be set.
+template <bool kWarp = !kOnCpu>
+void quantize(const Operand4& out, const Operand4& from, const OperandRecipe& from_how, const QuantizeHow& how, uint32_t* groups = nullptr) {
+  quantize_source<kWarp>(out, Packed{from, from_how}, how, groups);
+}
+// The tensor's scales of two operands, x as it is and x^T as `turned` rotates it, in one reading of x [rows, cols]: for quantize() with amax_known.
+// plain: max|x|; rotated: null, or max|x^T| after the rotation.
+template <bool kWarp = !kOnCpu, class T> void amax_of_both(float* plain, float* rotated, const T* x, int rows, int cols, const QuantizeHow& turned) {
+  const BlockHow how = {turned.recipe, how_signs(turned), {}, 0, 0};
+  const Matrix<T> source = {x, rows, cols};
+  if (rotated) launch_amax<true, kWarp>(plain, rotated, nullptr, source, cols, round_up(rows, turned.recipe.rht), how);
+  else launch_amax<false, kWarp>(plain, nullptr, nullptr, source, rows, cols, how);
 }
 // NVFP4 with one scale a tensor, in the words tile16, stochastic, hadamard, signs. tile_scratch: ceil(rows/16) * ceil(cols/16) words, for 16x16 only.
 template <class T> void quantize_nvfp4(const Operand4& out, const T* x, QuantizeHow how, uint32_t* tile_scratch = nullptr) {
@@ -679,7 +942,7 @@ template <class T> void quantize_nvfp4(const Operand4& out, const T* x, Quantize
   how.recipe.rht = how.hadamard;
   how.recipe.signs = how.hadamard ? Signs::fixed : Signs::none;
   how.sign_bits[0] = how.signs;
-  quantize(out, x, how, {tile_scratch, nullptr});
+  quantize(out, x, how, tile_scratch);
 }
 
 // alpha = product of the two operands' tensor scales, one of them absent (null) for an operand that has none.
