@@ -59,7 +59,7 @@ TESTFLAGS := $(patsubst -O3,-O2,$(CPUFLAGS))
 GENCODE   = $(foreach a,$(1),-gencode arch=compute_$(a),code=sm_$(a))
 NVFLAGS  := -std=c++17 -O3 -Xcompiler -Wall,-Wextra,-Wno-unknown-pragmas $(if $(FP32),-DFP32)
 
-HEADERS := $(wildcard kernels/*.cuh data/*.h dev/*.h)
+HEADERS := $(wildcard *.cuh kernels/*.cuh data/*.h dev/*.h)
 
 # -rdynamic: --profile finds the names of the kernels in the program itself.
 ifneq ($(CPU),)
