@@ -776,13 +776,20 @@ float gradient_norm(Model& m, float clip) {
 AdamState adam_state(const Model& m, const Param& p) {
   return {m.adam, m.m + p.offset * state_bytes(m.adam.m), m.v + p.offset * state_bytes(m.adam.v), m.adam.m == StateFormat::fp8 ? m.m_scale + p.block_offset * state_scale_bytes(m.adam) : nullptr};
 }
+// Q-Ramping's part of a watched parameter; empty without it.
+Ramp ramp_of(const Model& m, const Param& p) {
+  const Ramp& all = m.control.ramp;
+  const size_t at = p.weight->watch_offset;
+  return p.watched && all.sum ? Ramp{all.sum + at, all.count + at, all.period + at} : Ramp{};
+}
 // AdamW on every parameter; step counts from 1. Uses the clip scale that gradient_norm() left on the device.
 void update(Model& m, AdamW adamw, float weight_decay) {
   constexpr uint32_t kStream = 0xA0000000;                      // streams of the linear layers begin at 0, fresh signs at 0x80000000
   for (size_t i = 0; i < m.params.size(); i++) {
     const Param& p = m.params[i];
     adamw.weight_decay = p.decay ? weight_decay : 0;
-    adamw_update(p.weight->master, work_copy(p), adam_state(m, p), p.weight->grad, m.norm + 1, p.size(), adamw, {m.seed, (uint32_t)adamw.step, kStream + (uint32_t)i});
+    adamw_update(p.weight->master, work_copy(p), adam_state(m, p), p.weight->grad, m.norm + 1, p.size(), adamw, {m.seed, (uint32_t)adamw.step, kStream + (uint32_t)i},
+                 ramp_of(m, p));
   }
 }
 

@@ -969,6 +969,41 @@ struct Batch {
   double gradients(Model& m, int step) const { return accumulate_gradients(m, B, S, 1, (uint32_t)step, [&](int) { load_batch(m, tokens.data(), targets.data(), B, S); }); }
 };
 
+// Of a whole model: elements of every watched matrix with periods 1 and 3 in turn.
+inline void test_q_ramping_model() {
+  const Batch batch(2, 32, 60);
+  Options o;
+  o.recipe = "tetrajet"; o.oscillation = "q-ramping"; o.osci_start = 0; o.warmup = 0; o.seed = 9; o.bf16_what = "forward";
+  Model m;
+  start(m, o, small_llama(), batch.B, batch.S);
+  std::vector<uint8_t> period(m.control.watched);
+  for (size_t i = 0; i < period.size(); i++) period[i] = i % 2 ? 3 : 1;
+  to_device(m.control.ramp.period, period.data(), period.size());
+  std::vector<Floats> before;
+  for (const Param& p : m.params) before.push_back(master_of(p));
+  size_t early = 0, due = 0, still = 0, waiting = 0;            // with period 3: moved before their third step, and in it; the others: did not move
+  for (int step = 1; step <= 3; step++) {
+    batch.gradients(m, step);
+    gradient_norm(m, 1);
+    update(m, {1e-2f, 0.9f, 0.95f, 1e-8f, 0, step}, 0.1f);
+    for (size_t n = 0; n < m.params.size(); n++) {
+      const Param& p = m.params[n];
+      if (!p.watched) continue;
+      const Floats now = master_of(p);
+      for (size_t i = 0; i < now.size(); i++) {
+        const bool moved = now[i] != before[n][i];
+        if (i % 2 == 0) still += !moved;
+        else if (step < 3) early += moved;
+        else { waiting++; due += moved; }
+        if (i % 2 == 0) before[n][i] = now[i];
+      }
+    }
+  }
+  check("Q-Ramping in a model: a weight of period 3 moves in every third step, one of period 1 in each", early == 0 && due > 0.99 * waiting && still < 0.01 * waiting,
+        "%zu of %zu moved early, %zu in time, %zu of period 1 stood still", early, waiting, due, still);
+  finish(m);
+}
+
 inline void test_switches() {
   const Batch batch(2, 32, 60);
   Options bf16;
@@ -1149,7 +1184,7 @@ inline void test_control_runs() {
 inline void test_control() {
   using namespace control_tests;
   test_optimizer_states();
-  if (section("oscillation control")) { test_windows(); test_oscillation_kernels(); test_osci_reset(); test_osci_reset_columns(); test_osci_reset_rotated(); test_q_ema(); }
+  if (section("oscillation control")) { test_windows(); test_oscillation_kernels(); test_osci_reset(); test_osci_reset_columns(); test_osci_reset_rotated(); test_q_ema(); test_q_ramping_model(); }
   if (section("outlier control")) {
     test_outlier_kernels();
     test_occ_split<kRowLanes>();
