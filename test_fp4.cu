@@ -73,6 +73,7 @@ int main(int argc, char** argv) {
     test_errors();
     if (!quick) {
       test_program();
+      test_recipes_program();
       test_control_program();
       test_kill(20);
     }
