@@ -23,6 +23,7 @@
 #include <chrono>
 #include <cmath>
 #include <functional>
+#include <map>
 #include <memory>
 #include <string>
 #include <thread>
@@ -50,7 +51,7 @@ struct Options {
   double val_fraction = 0.1;
   int vocab = 0;
   // model
-  std::string model = "llama:1M", init_from, recipe = "nvfp4", gemm = "auto";
+  std::string model = "llama:1M", init_from, recipe = "nvfp4", gemm = "auto", keep = "codes";
   std::vector<std::string> set;
   int bf16_first = 0, bf16_last = -1;
   // what changes late in training, and what watches over it
@@ -69,7 +70,7 @@ struct Options {
   long long seed = 1337;
   // output
   std::string out;
-  int val_every = 180, val_batches = 40, sample_every = 0, sample_length = 256, save_every = 0, keep = 2;
+  int val_every = 180, val_batches = 40, sample_every = 0, sample_length = 256, save_every = 0, keep_checkpoints = 2;
   int profile = 0;
   std::string prompt;
   float temperature = 0.8f, top_p = 0.95f;
@@ -113,6 +114,7 @@ std::vector<Option> option_table(Options& o) {
   text("init-from", 0, "DIR", &o.init_from, "start from the weights of this Hugging Face directory");
   text("recipe", 'r', "NAME", &o.recipe, "how linear layers are quantized; see --list-recipes");
   text("gemm", 0, "WAY", &o.gemm, "what multiplies FP4 operands: auto, cublaslt or mma (FP4 tensor cores), emulated (BF16, exact)");
+  text("keep", 0, "FORM", &o.keep, "how a linear layer's input waits for the backward pass: codes (4.5 bits an element) or values (BF16, quantized again)");
   table.push_back({"set", 0, "FIELD=VALUE", "override one field of the recipe, such as dgrad.dy.rounding=nearest; may be repeated", "", [&o](const std::string& v) { o.set.push_back(v); }});
   integer("bf16-first", 0, &o.bf16_first, 0, 10000, "keep the first N blocks in BF16");
   integer("bf16-last", 0, &o.bf16_last, -1, 10000, "keep the last N blocks in BF16; -1: as the recipe says");
@@ -160,7 +162,7 @@ std::vector<Option> option_table(Options& o) {
   number("temperature", 0, &o.temperature, 0, 100, "of sampling; 0: the likeliest token");
   number("top-p", 0, &o.top_p, 0.0001, 1, "sample from the likeliest tokens that make up this probability");
   integer("save-every", 'n', &o.save_every, 0, 1 << 30, "write a checkpoint every N steps; 0: only at the end");
-  integer("keep", 0, &o.keep, 0, 1 << 30, "checkpoints to keep; 0: all");
+  integer("keep-checkpoints", 0, &o.keep_checkpoints, 0, 1 << 30, "checkpoints to keep; 0: all");
   integer("profile", 0, &o.profile, 0, 100000, "after 3 steps, time every kernel of the next N, print the table, and stop; 0: never");
   flag("resume", 'y', &o.resume, "go on from the newest checkpoint in --out");
   flag("eval-only", 0, &o.eval_only, "print the loss over the whole validation data, and stop");
@@ -193,6 +195,7 @@ Options parse_options(int argc, char** argv) {
     for (const std::string& a : allowed) { if (value == a) return; names += (names.empty() ? "" : ", ") + a; }
     die_usage("--%s %s: allowed are %s", option, value.c_str(), names.c_str());
   };
+  one_of("keep", o.keep, {"codes", "values"});
   one_of("adam-m", o.adam_m, {"fp32", "bf16", "fp8"});
   one_of("adam-v", o.adam_v, {"fp32", "bf16"});
   one_of("adam-scale", o.adam_scale, {"fp32", "e8m0"});
@@ -337,7 +340,7 @@ struct LayerWeights {
 struct LayerActs {
   floatX *ln1, *qkv, *att, *mid, *ln2, *fc, *act, *result;    // (T,C) (T,(H+2G)D) (T,HD) (T,C) (T,C) (T,2F or F) (T,F) (T,C)
   float *ln1_mean, *ln1_rstd, *ln2_mean, *ln2_rstd, *lse;     // (T) (T) (T) (T) (B,H,S)
-  LinearSaved saved[4];                // QKV, attention out, MLP up, MLP down: operands of double quantization, masks
+  LinearSaved saved[4];                // QKV, attention out, MLP up, MLP down: operands in FP4, masks
 };
 
 // What watches over training (train_control.cuh has the code). Arrays of watched parameters have `watched` elements.
@@ -395,6 +398,8 @@ struct Model {
   Control control;
   floatX* work;                        // (elements); in an FP32 build the same as master
 
+  Keep keep = Keep::codes;             // as asked for: what the run does is keeps_codes()
+  LinearSaved again;                   // --keep values: of the layer in the backward pass, quantized again
   std::vector<LayerActs> acts;
   int *tokens, *targets, *order, *segment_start, *segment_token;   // (T) each
   std::vector<int> host_tokens;
@@ -478,11 +483,21 @@ struct RunState {
 // What watches over training and changes it late: oscillation and outlier control, precision. It needs the Model.
 #include "train_control.cuh"       // defines: configure_control, want_control, layer_control, choose_precision, choose_outliers, oscillation_step
 
-// Does the backward pass of block l read the inputs of its linear layers themselves? Not if it works from their FP4 form, now and after a switch of
-// precision; fqt's monitor and outlier control read them too. (The attention output is always kept: attention's backward pass reads it.)
-bool keeps_linear_inputs(const Model& m, int l) {
+// Why a run must keep the inputs of its linear layers themselves, although --keep codes was asked for; null if it need not.
+const char* needs_values(const Model& m) {
   const Control& c = m.control;
-  return !m.training || keeps_x(m.block_recipe(l)) || (c.may_switch && keeps_x(c.late)) || c.monitor || c.outliers != "none";
+  if (c.outliers != "none") return "outlier control reads X in the backward pass";
+  if (c.monitor) return "--fqt-every also computes the gradient in BF16";
+  // After the switch wgrad's X^T must still be what was packed before: not in BF16, and not from the original where it came from the forward's codes.
+  if (c.may_switch && m.recipe.quantizes() && (c.late.wgrad.x.format == Format::bf16 || c.late.wgrad.x.source != m.recipe.wgrad.x.source)) return "the backward pass after the switch to BF16 reads X itself";
+  return nullptr;
+}
+bool keeps_codes(const Model& m) { return m.keep == Keep::codes && !needs_values(m); }
+// Does the backward pass of block l read the inputs of its linear layers themselves? Not if it works from their FP4 form. (The attention output
+// is always kept, attention's backward pass reads it: there X^T is not packed as well.)
+bool keeps_linear_inputs(const Model& m, int l) {
+  const Recipe& r = m.block_recipe(l);
+  return !m.training || !keeps_codes(m) || (keeps_x(r) && !can_save_xt(r));
 }
 
 // Announces all memory, takes it, and points every view to its place.
@@ -503,19 +518,23 @@ void allocate_model(Model& m, bool print) {
   want_control(m);
   m.acts.resize(c.layers);
   const char *kept = "activations of the blocks", *flow = "embedding, residual, final norm", *work = "gradients of activations", *small = "tokens, losses, reductions";
+  const bool codes = keeps_codes(m);
   size_t left_out = 0, packed = 0;                            // bytes
+  std::map<void*, size_t> again;                              // the members of m.again: the most bytes that a layer needs
   for (int l = 0; l < per_layer; l++) {
     LayerActs& x = m.acts[l];
     a.want(&x.qkv, T * m.qkv_width(), kept); a.want(&x.att, T * m.att_width(), kept); a.want(&x.mid, T * C, kept); a.want(&x.fc, T * m.fc_width(), kept); a.want(&x.result, T * C, kept);
     if (keeps_linear_inputs(m, l)) { a.want(&x.ln1, T * C, kept); a.want(&x.ln2, T * C, kept); a.want(&x.act, T * F, kept); }
     else left_out += T * (2 * C + F) * sizeof(floatX);
     for (int i = 0; m.training && i < 4; i++)
-      want_linear_saved(x.saved[i], m.block_recipe(l), (int)T, layer_shapes(m)[i].K, layer_shapes(m)[i].N, [&](auto** where, size_t n) {
-        packed += n * sizeof(**where);
-        a.want(where, n, "for the backward pass in FP4: inputs, weights");
-      });
+      want_linear_saved(codes ? x.saved[i] : m.again, m.block_recipe(l), (int)T, layer_shapes(m)[i].K, layer_shapes(m)[i].N, [&](auto** where, size_t n) {
+        packed += codes * n * sizeof(**where);
+        if (codes) a.want(where, n, "for the backward pass, packed: inputs, weights");
+        else again[where] = max(again[where], n * sizeof(**where));
+      }, codes && i != 1);
     a.want(&x.ln1_mean, T, kept); a.want(&x.ln1_rstd, T, kept); a.want(&x.ln2_mean, T, kept); a.want(&x.ln2_rstd, T, kept); a.want(&x.lse, T * c.heads, kept);
   }
+  for (auto& [where, bytes] : again) a.want((char**)where, bytes, "inputs and weights of a layer, quantized again");
   if (left_out) a.want(&m.passing, T * max(C, F), flow);
   a.want(&m.embedded, T * C, flow); a.want(&m.final, T * C, flow); a.want(&m.temp, T * C, flow); a.want(&m.final_mean, T, flow); a.want(&m.final_rstd, T, flow);
   // Logits are the largest tensor of a small model: they are computed, turned into their gradient and used up a chunk of rows at a time.
@@ -543,9 +562,13 @@ void allocate_model(Model& m, bool print) {
     a.want(&m.dact, T * F, work); a.want(&m.dfc, T * m.fc_width(), work);
   }
   if (print) a.print_table();
-  if (print && left_out) printf("  double quantization: the backward pass keeps %.1f MB of packed inputs and weights, and not %.1f MB of inputs in %s\n", packed / 1e6, left_out / 1e6, sizeof(floatX) == 2 ? "BF16" : "FP32");
+  const char* full = sizeof(floatX) == 2 ? "BF16" : "FP32";
+  if (print && left_out) printf("  --keep codes: the backward pass keeps %.1f MB of packed inputs and weights, and not %.1f MB of inputs in %s\n", packed / 1e6, left_out / 1e6, full);
+  if (print && m.training && m.recipe.quantizes() && m.keep == Keep::codes && !codes) printf("  --keep values, not codes: %s; inputs wait in %s, and are quantized again\n", needs_values(m), full);
   a.take();
   for (int l = 0; l < per_layer; l++) if (!keeps_linear_inputs(m, l)) m.acts[l].ln1 = m.acts[l].ln2 = m.acts[l].act = m.passing;
+  m.again.again = true;
+  for (int l = 0; l < per_layer && !codes; l++) for (LinearSaved& s : m.acts[l].saved) s = m.again;
   for (int l = per_layer; l < c.layers; l++) m.acts[l] = m.acts[0];
   for (Param& p : m.params) {
     p.weight->master = m.master + p.offset;
@@ -641,7 +664,7 @@ void forward(Model& m, int B, int S, uint32_t micro_step) {
     const Recipe& r = m.block_recipe(l);
     auto key = [&](int which) { return linear_key(m, micro_step, l, which); };
     auto control = [&](int which) { return layer_control(m, l, which); };
-    auto saved = [&](int which) { return m.training ? &a.saved[which] : nullptr; };
+    auto saved = [&](int which) { return m.training && !a.saved[which].again ? &a.saved[which] : nullptr; };
     norm_forward(m, a.ln1, a.ln1_mean, a.ln1_rstd, x, w.ln1, w.ln1_bias, T);                             // (T,C)
     linear_forward(control(0), a.qkv, a.ln1, w.qkv.work, T, C, m.qkv_width(), r, key(0), m.scratch, saved(0));                 // (T,C) -> (T,(H+2G)D)
     if (!c.llama) add_bias(a.qkv, w.qkv_bias.master, T, m.qkv_width());
@@ -909,7 +932,7 @@ void save_checkpoint(const Model& m, const Options& o, const RunState& state, co
   }
   w.finish();
   dir.commit();
-  prune_checkpoints(o.out, o.keep);
+  prune_checkpoints(o.out, o.keep_checkpoints);
 }
 
 RunState load_checkpoint(Model& m, const Options& o, const std::string& directory, const std::string& run_recipe) {
@@ -1250,6 +1273,7 @@ int main(int argc, char** argv) {
   m.V = round_up(m.config.vocab, 128);
   m.training = !o.eval_only;
   configure_control(m, o);
+  m.keep = o.keep == "values" ? Keep::values : Keep::codes;
   make_params(m);
 
   std::string machine;

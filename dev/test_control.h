@@ -953,6 +953,7 @@ inline void test_control_errors() {
                         {"OutControl in a run that ends before its choice", "--steps 100 --outliers outcontrol", "--outlier-start"},
                         {"OutControl that chooses inside a window of OsciReset", "--steps 1000 --outliers outcontrol --outlier-start 790 --oscillation osci-reset", "under the window"},
                         {"an unknown format of m", "--adam-m fp4", "bf16, fp8"},
+                        {"an unknown form to keep", "--keep 2", "codes, values"},
                         {"v in FP8", "--adam-v fp8", "fp32, bf16"},
                         {"a share above 1", "--bf16-from 1.5", "--bf16-from"}};
   for (const Case& c : cases) {
@@ -1167,7 +1168,7 @@ inline void test_control_runs() {
   const std::string t = temp_dir() + "/control";
   shell("mkdir -p " + t + " && cp kernels/cuda.cuh kernels/attention.cuh " + t);
   for (const Case& c : cases) {
-    const std::string run = "--model llama:1M --train '" + t + "/*.cuh' --batch 2 --seq 64 --val-batches 1 --val-every 0 --sample-length 0 --keep 0 --steps 8 --save-every 3 " + c.arguments;
+    const std::string run = "--model llama:1M --train '" + t + "/*.cuh' --batch 2 --seq 64 --val-batches 1 --val-every 0 --sample-length 0 --keep-checkpoints 0 --steps 8 --save-every 3 " + c.arguments;
     const std::string out = " --out " + t + "/" + std::to_string(&c - cases);
     const ChildResult whole = train_program(run + out);
     const std::string dir = t + "/" + std::to_string(&c - cases);
@@ -1177,6 +1178,146 @@ inline void test_control_runs() {
     const ChildResult resumed = train_program(run + out + " --resume");
     check(std::string(c.name) + ": resumed after step 3 it ends with the same bits, and control.csv is the same", resumed.exit_code == 0 && same_weights(dir + "/whole", dir + "/step_000008") && read_text(dir + "/control.csv") == events, "exit %d", resumed.exit_code);
   }
+}
+
+// ------------------------------------------------------------------ --keep: the form in which X waits for the backward pass
+inline void test_unpack() {
+  std::vector<OperandRecipe> words;
+  auto add = [&](OperandRecipe o) { if (o.format != Format::bf16 && o.format != Format::exact) words.push_back(o); };
+  for (Recipe& r : recipe_table()) for (auto& [name, o] : recipe_operands(r)) add(*o);
+  OperandRecipe more;
+  more.format = Format::mxfp8; add(more);
+  more.format = Format::nvfp4; more.scale = ScaleRule::headroom; more.outer = Outer::b1x128; add(more);
+  more.scale = ScaleRule::standard; more.outer = Outer::tensor; more.rounding = Rounding::eden128; more.rht = 64; more.signs = Signs::fresh; add(more);
+  Rng rng(71);
+  int cases = 0, wrong = 0;
+  std::string at;
+  for (const OperandRecipe& o : words) for (auto& [rows, cols] : {std::pair(37, 75), std::pair(40, 288), std::pair(130, 16)}) for (bool transpose : {false, true}) {
+    Floats x = normals(rng, (size_t)rows * cols, 0.05);
+    for (int i = 0; i < rows * cols; i += 31) x[i] = i % 2 ? 0 : -0.0f;
+    if (cols > 200) for (int i = 128; i < 160; i++) x[i] = 0;                              // whole blocks of zeros
+    Device<floatX> in(to_x(x));
+    const int R = transpose ? cols : rows, C = transpose ? rows : cols, ld = operand_ld(rotated_cols(C, o.rht));
+    const PackedBytes b = packed_bytes(o, R, C);
+    Device<uint8_t> codes(b.codes), scales(max(b.scales, (size_t)1));
+    Device<floatX> values((size_t)R * ld), unpacked((size_t)R * ld);
+    Device<float> outer(b.outer / 4 + 1), amax(1), rotated((size_t)R * ld);
+    Device<uint32_t> groups(group_words(round_up(R, 128), round_up(C, 128)));
+    Operand4 out;
+    out.rows = R; out.cols = C; out.ld = ld; out.codes = codes.p; out.scales = scales.p; out.values = values.p; out.outer = outer.p; out.amax = amax.p;
+    QuantizeHow how = quantize_how(o, {kWgradX, kWgradDy, {3, 1, 4}, GemmWay::emulated}, transpose);
+    quantize(out, in.p, how, {groups.p, rotated.p});
+    out.cols = rotated_cols(C, o.rht);
+    out.values = unpacked.p;
+    unpack_values(out, o);
+    const std::vector<floatX> a = values.get(), c = unpacked.get();
+    cases++;
+    if (memcmp(a.data(), c.data(), a.size() * sizeof(floatX))) { wrong++; at = operand_word(o) + " " + std::to_string(R) + "x" + std::to_string(C); }
+  }
+  check("unpacked codes are the values that the quantizer writes, bit for bit: every operand of the table, odd sizes, zeros of both signs", wrong == 0, "%d of %d cases differ %s", wrong, cases, at.c_str());
+}
+// A layer under control, its operands kept by the forward pass or quantized again in the backward pass.
+inline void test_keep_layer() {
+  Rng rng(72);
+  const int T = 48, K = 160, N = 96;
+  const Floats x = normals(rng, (size_t)T * K), w = normals(rng, (size_t)N * K, 0.02), dy = normals(rng, (size_t)T * N);
+  Floats average = w;
+  for (float& a : average) a += (float)(rng.normal() * 0.003);
+  std::vector<int> order(K);
+  for (int i = 0; i < K; i++) order[i] = (i * 7) % K;
+  for (const char* row : {"tetrajet2", "tetrajet", "quartet2", "quartet", "fp4-dge", "nvfp4"}) for (int control = 0; control < 5; control++) {
+    const bool occ = control == 1, split = control == 2 || control == 4, toward = control == 3 || control == 4;
+    const Recipe r = row_with(row, {"outliers=none"});
+    if (toward && r.fprop.w.rht) continue;
+    Device<float> dev_average(average);
+    Device<int> columns(order);
+    const OutlierLayer outliers = {K, 32, columns.p, nullptr};
+    Floats dx[2], dw[2];
+    for (bool again : {false, true}) {
+      Layer layer(r, T, K, N, x, w, dy);
+      layer.how.occ = occ;
+      if (split) layer.how.split = &outliers;
+      if (toward) layer.how.toward.average = dev_average.p; else layer.how.toward.average = nullptr;
+      if (again) linear_forward(layer.how, layer.y.p, layer.dx_x.p, layer.dev_w.p, T, K, N, r, layer.key(), layer.s, nullptr);
+      else layer.forward();
+      layer.saved.again = again;
+      device_zero(layer.dw.p, layer.dw.n);
+      linear_backward(layer.how, layer.dx.p, layer.dw.p, layer.dev_dy.p, layer.dx_x.p, layer.dev_w.p, T, K, N, r, layer.key(), layer.s, &layer.saved);
+      dx[again] = from_x(layer.dx.get()); dw[again] = layer.dw.get();
+    }
+    const char* names[] = {"alone", "with OCC", "with OutControl", "with Q-EMA", "with OutControl and Q-EMA"};
+    check(std::string(row) + " " + names[control] + ": quantized again in the backward pass, dX and dW have the same bits", dx[0] == dx[1] && dw[0] == dw[1], "relative differences %.1e, %.1e", rel_error(dx[1], dx[0]), rel_error(dw[1], dw[0]));
+  }
+}
+inline void test_keep_model() {
+  const int B = 2, S = 40;
+  Rng rng(73);
+  std::vector<int> tokens(B * S), targets(B * S);
+  for (int& t : tokens) t = rng.below(250);
+  for (int& t : targets) t = rng.below(250);
+  struct Run { Floats weights; std::vector<double> losses; bool codes; };
+  auto run = [&](const char* recipe, GemmWay way, Keep keep, int steps) {
+    Model m;
+    m.keep = keep;
+    make_model(m, tiny_llama(), recipe, B, S, "", way);
+    Run r;
+    for (int step = 0; step < steps; step++) {
+      r.losses.push_back(accumulate_gradients(m, B, S, 1, (uint32_t)step, [&](int) { load_batch(m, tokens.data(), targets.data(), B, S); }));
+      gradient_norm(m, 1);
+      update(m, {3e-3f, 0.9f, 0.95f, 1e-8f, 0, step + 1}, 0);
+    }
+    r.weights.resize(m.elements);
+    to_host(r.weights.data(), m.master, m.elements);
+    r.codes = keeps_codes(m);
+    free_model(m);
+    return r;
+  };
+  auto compare = [&](const char* recipe, GemmWay way, int steps) {
+    const Run codes = run(recipe, way, Keep::codes, steps), values = run(recipe, way, Keep::values, steps);
+    check(std::string(recipe) + (way == GemmWay::mma ? ", through the mma kernel: " : ": ") + std::to_string(steps) + " steps with --keep codes and with --keep values give the same losses and weights, bit for bit",
+          codes.weights == values.weights && codes.losses == values.losses && codes.codes && !values.codes, "loss %.5f", codes.losses.back());
+  };
+  auto bytes = [&](const char* recipe, Keep keep) {                     // of everything, with enough tokens that the inputs outweigh the padding of scales
+    Model m;
+    m.keep = keep;
+    make_model(m, tiny_llama(), recipe, 16, 64);
+    const size_t n = m.arena.total();
+    free_model(m);
+    return (double)n;
+  };
+  for (const Recipe& row : recipe_table()) {
+    compare(row.name.c_str(), GemmWay::emulated, 3);
+    const double codes = bytes(row.name.c_str(), Keep::codes), values = bytes(row.name.c_str(), Keep::values);
+    // Of two blocks, with 1024 tokens: ln1, ln2 and act, 2 x 1024 x (64 + 64 + 160) elements, less the one set that passes by; FP4 keeps a third of it.
+    const double inputs = 2 * 1024. * (64 + 64 + 160) * sizeof(floatX), passing = 1024. * 160 * sizeof(floatX);
+    if (row.wgrad.x.format == Format::bf16) check(row.name + ": nothing is quantized, so --keep changes no memory", codes == values, "%.2f and %.2f MB", codes / 1e6, values / 1e6);
+    else check(row.name + ": --keep codes takes less memory", codes < values && values - codes < inputs - passing, "%.2f and %.2f MB; at most %.2f to gain", codes / 1e6, values / 1e6, (inputs - passing) / 1e6);
+  }
+  for (const char* recipe : {"nvfp4", "tetrajet"}) compare(recipe, GemmWay::mma, 2);
+}
+inline void test_keep_forced() {
+  struct Case { const char* what; const char* recipe; const char* outliers; double bf16_from; const char* bf16_what; int fqt_every; const char* says; };
+  const Case cases[] = {{"nothing", "nvfp4", "none", 1, "forward", 0, nullptr}, {"OCC", "nvfp4", "occ", 1, "forward", 0, "outlier control"}, {"fqt's monitor", "fqt", "none", 1, "backward", 2, "--fqt-every"},
+                        {"a switch of the backward pass to BF16", "nvfp4", "none", 0.5, "backward", 0, "after the switch"}, {"a switch of the forward pass that X^T's codes came from", "tetrajet2", "none", 0.5, "forward", 0, "after the switch"},
+                        {"a switch of the forward pass, X^T from the original", "nvfp4", "none", 0.5, "forward", 0, nullptr}};
+  for (const Case& c : cases) {
+    Options o;
+    o.recipe = c.recipe; o.outliers = c.outliers; o.bf16_from = c.bf16_from; o.bf16_what = c.bf16_what; o.fqt_every = c.fqt_every; o.seed = 9; o.steps = 8;
+    Model m;
+    start(m, o, small_llama(), 2, 32);
+    const char* why = needs_values(m);
+    check(std::string("--keep codes under ") + c.what + (c.says ? " becomes values, and says why" : " stays codes"), c.says ? why && strstr(why, c.says) && !keeps_codes(m) : !why && keeps_codes(m), "%s", why ? why : "");
+    finish(m);
+  }
+}
+inline void test_keep_program() {
+  if (!file_exists(program_path("train_fp4"))) { skip("--keep in the program", "train_fp4 does not stand beside this program"); return; }
+  const std::string t = temp_dir() + "/keep", run = "--model llama:1M --train 'kernels/*.cuh' --batch 16 --seq 64 --steps 2 --val-batches 1 --val-every 0 --sample-length 0 --recipe nvfp4 ";
+  const ChildResult codes = train_program(run + "--out " + t + "/codes"), values = train_program(run + "--keep values --out " + t + "/values"), occ = train_program(run + "--outliers occ --out " + t + "/occ");
+  auto total = [](const ChildResult& r) { const size_t at = r.output.find("\n  total"); return at == std::string::npos ? -1.0 : atof(r.output.c_str() + at + 8); };
+  check("nvfp4 with --keep values takes more memory, says so in its table, and ends with the same bits", codes.exit_code == 0 && values.exit_code == 0 && total(codes) > 0 && total(codes) < total(values) && same_weights(t + "/codes/step_000002", t + "/values/step_000002"), "%.1f and %.1f MB", total(codes), total(values));
+  check("the table says what --keep codes leaves out", codes.output.find("  --keep codes: the backward pass keeps ") != std::string::npos && values.output.find("--keep codes") == std::string::npos);
+  check("outlier control makes it --keep values, and a line says why", occ.exit_code == 0 && occ.output.find("  --keep values, not codes: outlier control") != std::string::npos, "exit %d", occ.exit_code);
 }
 }  // namespace control_tests
 
@@ -1194,10 +1335,12 @@ inline void test_control() {
     test_outcontrol_model();
   }
   if (section("precision late in training")) { test_switches(); test_monitor(); }
+  if (section("--keep: codes or values for the backward pass")) { test_unpack(); test_keep_layer(); test_keep_model(); test_keep_forced(); }
 }
 // The program, with options of control. Needs ./train_fp4 beside this program.
 inline void test_control_program() {
   using namespace control_tests;
   if (section("the program: options of control that make no sense")) test_control_errors();
   if (section("the program: runs under control, resumed")) test_control_runs();
+  if (section("the program: --keep")) test_keep_program();
 }

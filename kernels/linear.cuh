@@ -4,8 +4,10 @@
 // recipe.cuh. Each operand is either the tensor itself, or is quantized on the way into scratch memory that the next layer reuses:
 // row copies for fprop's X and W and dgrad's dY, column (transposed) copies for dgrad's W^T, wgrad's dY^T and X^T.
 //
-// What the forward leaves for the backward (LinearSaved): where dgrad.w or wgrad.x says `source forward`, the packed codes and scales of W or X: 4.5
-// bits an element instead of the 16 of X in BF16, which need not be kept; QuEST's masks, one bit an element; and the scales of W for DGE.
+// What the forward leaves for the backward (LinearSaved): where dgrad.w or wgrad.x says `source forward`, the packed codes and scales of W or X;
+// where wgrad.x says `source original`, those of X^T, quantized as soon as X is there: 4.5 bits an element (FP8: 8) instead of the 16 of X in
+// BF16, which need not be kept. Further QuEST's masks, one bit an element; and the scales of W for DGE.
+// The other way, `--keep values`: X is kept itself, and the backward pass quantizes everything again, with the same random numbers: the same bits.
 // Biases, activations and residuals are other kernels' work.
 #pragma once
 #include "estimator.cuh"
@@ -63,19 +65,26 @@ inline bool linear_needs_rotated(const Recipe& r) {
 }
 
 // What the forward pass leaves for the backward pass of one layer: packed operands. Allocated with want_linear_saved().
-struct LinearSaved { Operand4 x, w; };
+struct LinearSaved {
+  Operand4 x, w;                            // of fprop, for double quantization
+  Operand4 xt;                              // wgrad's X^T; not there: the backward pass quantizes it from X
+  bool again = false;                       // --keep values: the backward pass fills x and w, from X and W. (Then all layers may share the memory.)
+};
+enum class Keep { codes, values };          // how X waits for the backward pass
 inline bool from_forward_pass(const OperandRecipe& o) { return o.format != Format::bf16 && o.source == Source::forward; }
 inline bool uses_dge(const Recipe& r) {
   return r.estimator.w == Estimator::dge && r.fprop.w.format != Format::bf16 && r.fprop.w.format != Format::exact;
 }
 inline bool saves_x(const Recipe& r) { return from_forward_pass(r.wgrad.x) || r.estimator.x == Estimator::quest_mask; }
 inline bool saves_w(const Recipe& r) { return from_forward_pass(r.dgrad.w) || r.estimator.w == Estimator::quest_mask || uses_dge(r); }
-// Does the backward pass read X itself?
+// Can X^T be quantized as soon as X is there, and wait packed?
+inline bool can_save_xt(const Recipe& r) { return r.wgrad.x.format != Format::bf16 && r.wgrad.x.format != Format::exact && r.wgrad.x.source == Source::original; }
+// Does the backward pass read X itself? Unless it has xt, or X in its FP4 form.
 inline bool keeps_x(const Recipe& r) { return !from_forward_pass(r.wgrad.x); }
-// Calls want(pointer to a pointer, number of elements) for each array that the recipe's LinearSaved needs.
-template <class Want> void want_linear_saved(LinearSaved& s, const Recipe& r, int T, int K, int N, Want want) {
-  auto operand = [&](Operand4& o, const OperandRecipe& how, int rows, bool mask) {
-    const PackedBytes b = packed_bytes(how, rows, K, mask);
+// Calls want(pointer to a pointer, number of elements) for each array that the recipe's LinearSaved needs. with_xt: also X^T, if the recipe can.
+template <class Want> void want_linear_saved(LinearSaved& s, const Recipe& r, int T, int K, int N, Want want, bool with_xt = false) {
+  auto operand = [&](Operand4& o, const OperandRecipe& how, int rows, int cols, bool mask) {
+    const PackedBytes b = packed_bytes(how, rows, cols, mask);
     want(&o.amax, (size_t)1);
     if (b.codes) want(&o.codes, b.codes);
     if (b.scales) want(&o.scales, b.scales);
@@ -83,8 +92,9 @@ template <class Want> void want_linear_saved(LinearSaved& s, const Recipe& r, in
     if (b.outer) want(&o.outer, b.outer / sizeof(float));
     if (b.mask) want(&o.mask, b.mask / sizeof(uint32_t));
   };
-  if (saves_x(r)) operand(s.x, r.fprop.x, T, r.estimator.x == Estimator::quest_mask);
-  if (saves_w(r)) operand(s.w, r.fprop.w, N, r.estimator.w == Estimator::quest_mask);
+  if (saves_x(r)) operand(s.x, r.fprop.x, T, K, r.estimator.x == Estimator::quest_mask);
+  if (saves_w(r)) operand(s.w, r.fprop.w, N, K, r.estimator.w == Estimator::quest_mask);
+  if (with_xt && can_save_xt(r)) operand(s.xt, r.wgrad.x, K, T, false);
 }
 
 // ------------------------------------------------------------------ operands
@@ -145,6 +155,26 @@ inline ReadyOperand prepare_forward_operand(const OperandRecipe& how, OperandPla
   quantize(out, saved, saved_how, quantize_how(how, place, true), s.tiles);
   return {out.values, out.ld, false, out.amax, how, out};
 }
+// The packed form alone, for later: x, or x^T, into the arrays of `save`.
+inline void save_operand(const OperandRecipe& how, OperandPlace place, const floatX* x, int rows, int cols, bool transpose, const LinearScratch& s, Operand4* save) {
+  save->rows = transpose ? cols : rows;
+  save->cols = transpose ? rows : cols;
+  save->ld = operand_ld(rotated_cols(save->cols, how.rht));
+  quantize(*save, x, quantize_how(how, place, transpose), {s.tiles, s.rotated});
+  save->cols = rotated_cols(save->cols, how.rht);
+}
+// And what became of it: ready for FP4 tensor cores as it is; for the emulation, its values.
+inline ReadyOperand saved_operand(const OperandRecipe& how, OperandPlace place, const Operand4& saved, const LinearScratch& s) {
+  Operand4 out = saved;
+  if (place.way == GemmWay::emulated) {
+    out.values = s.values[place.which != place.first];
+    unpack_values(out, how);
+  }
+  return {out.values, out.ld, false, out.amax, how, out};
+}
+inline void save_xt(const floatX* X, int T, int K, const Recipe& r, LinearKey key, const LinearScratch& s, LinearSaved* saved) {
+  if (saved && saved->xt.codes && can_save_xt(r)) save_operand(r.wgrad.x, {kWgradX, kWgradDy, key, GemmWay::emulated}, X, T, K, true, s, &saved->xt);
+}
 inline void run_gemm(Gemm g, const ReadyOperand& a, const ReadyOperand& b, const LinearScratch& s, GemmWay way) {
   const int K = rotated_cols(g.K, a.how.rht);
   g.A = a.data; g.lda = a.ld; g.a_transposed = a.transposed;
@@ -174,15 +204,15 @@ inline void linear_forward(floatX* Y, const floatX* X, const floatX* W, int T, i
   Gemm g;
   g.M = T; g.N = N; g.K = K; g.D = Y; g.ldd = N;
   run_gemm(g, x, w, s, way);
+  save_xt(X, T, K, r, key, s, saved);
 }
 
-// What linear_forward() with the same arguments saves, without its GEMM: for a caller who would rather quantize X and W again than keep them
-// packed. The same key gives the same random numbers, hence the same codes.
+// What linear_forward() with the same arguments saves of fprop's operands, without its GEMM: for a caller who would rather quantize X and W again
+// than keep them packed. The same key gives the same random numbers, hence the same codes.
 inline void linear_save(const floatX* X, const floatX* W, int T, int K, int N, const Recipe& r, LinearKey key, const LinearScratch& s,
                         LinearSaved* saved) {
-  const GemmWay way = fp4_way_of(r.fprop.x, r.fprop.w, s.ways);
-  if (saves_x(r)) prepare_operand(r.fprop.x, {kFpropX, kFpropX, key, way}, X, T, K, false, s, &saved->x);
-  if (saves_w(r)) prepare_operand(r.fprop.w, {kFpropW, kFpropX, key, way}, W, N, K, false, s, &saved->w);
+  if (saves_x(r)) save_operand(r.fprop.x, {kFpropX, kFpropX, key, GemmWay::emulated}, X, T, K, false, s, &saved->x);
+  if (saves_w(r)) save_operand(r.fprop.w, {kFpropW, kFpropX, key, GemmWay::emulated}, W, N, K, false, s, &saved->w);
 }
 
 // dX = dY W; or from the forward's rotated W: dX = (dY Wh * mask) H
@@ -210,8 +240,10 @@ inline void linear_wgrad(float* dW, const floatX* dY, const floatX* X, int T, in
   if (((doubled || masked || with_dge) && !saved) || (with_dge && !W)) die("linear_wgrad: recipe %s needs what the forward pass saved", r.name.c_str());
   const GemmWay way = fp4_way_of(r.wgrad.dy, r.wgrad.x, s.ways);
   const ReadyOperand dy = prepare_operand(r.wgrad.dy, {kWgradDy, kWgradDy, key, way}, dY, T, N, true, s);
-  const ReadyOperand x = doubled ? prepare_forward_operand(r.wgrad.x, {kWgradX, kWgradDy, key, way}, saved->x, r.fprop.x, s)
-                                 : prepare_operand(r.wgrad.x, {kWgradX, kWgradDy, key, way}, X, T, K, true, s);
+  const OperandPlace place = {kWgradX, kWgradDy, key, way};
+  const ReadyOperand x = doubled ? prepare_forward_operand(r.wgrad.x, place, saved->x, r.fprop.x, s)
+                         : saved && saved->xt.codes && can_save_xt(r) ? saved_operand(r.wgrad.x, place, saved->xt, s)
+                         : prepare_operand(r.wgrad.x, place, X, T, K, true, s);
   const int rht = doubled ? r.fprop.x.rht : 0, width = rotated_cols(K, rht);
   Gemm g;
   g.M = N; g.N = width; g.K = T; g.D = dW; g.ldd = width; g.d_fp32 = true; g.accumulate = true;
@@ -222,7 +254,8 @@ inline void linear_wgrad(float* dW, const floatX* dY, const floatX* X, int T, in
   else unrotate(dW, s.rotated, masked ? saved->w.mask : nullptr, saved->w.ld / 32, N, K, rht, rotation_signs(r.fprop.x, kFpropX, key), true);
 }
 
-// Both gradients; dX may be null (the first layer of a model that ends there). X may be null where keeps_x(r) is false.
+// Both gradients; dX may be null (the first layer of a model that ends there). X may be null where keeps_x(r) is false, or saved has X^T.
+// Where X was kept instead of its codes (saved->again), linear_save() comes first.
 inline void linear_backward(floatX* dX, float* dW, const floatX* dY, const floatX* X, const floatX* W, int T, int K, int N, const Recipe& r,
                             LinearKey key, const LinearScratch& s, const LinearSaved* saved = nullptr) {
   if (dX) linear_dgrad(dX, dY, W, T, K, N, r, key, s, saved);

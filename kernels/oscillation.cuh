@@ -200,10 +200,8 @@ template <class T> __global__ void round_toward_kernel(Operand4 p, OperandRecipe
 }
 // What Q-EMA needs of a layer: the average of W, [N,K], in the coordinates in which the recipe rounds; and room for the packed W.
 struct TowardAverage { const float* average = nullptr; GridScratch packed; };
-// linear_forward() with the weights rounded toward their average. What is saved for the backward pass is rounded so as well.
-inline void linear_forward_toward(floatX* Y, const floatX* X, const floatX* W, int T, int K, int N, const Recipe& r, LinearKey key, const LinearScratch& s, LinearSaved* saved, const TowardAverage& q) {
-  const GemmWay way = fp4_way_of(r.fprop.x, r.fprop.w, s.ways);
-  const ReadyOperand x = prepare_operand(r.fprop.x, {kFpropX, kFpropX, key, way}, X, T, K, false, s, saved && saves_x(r) ? &saved->x : nullptr);
+// W, rounded toward its average, as fprop's operand; also into saved->w, if the backward pass wants that.
+inline ReadyOperand prepare_toward(const floatX* W, int N, int K, const Recipe& r, LinearKey key, GemmWay way, const LinearScratch& s, LinearSaved* saved, const TowardAverage& q) {
   Operand4 own;
   own.codes = q.packed.codes; own.scales = q.packed.scales; own.outer = q.packed.outer;
   Operand4* const kept = saved && saves_w(r) ? &saved->w : &own;
@@ -217,7 +215,20 @@ inline void linear_forward_toward(floatX* Y, const floatX* X, const floatX* W, i
     gather(s.rotated, Matrix<floatX>{W, N, K}, N, p.cols, K, false, r.fprop.w.rht, SignBits{});
     launch(round_toward_kernel<float>, grid, 256, 0, p, r.fprop.w, (const float*)s.rotated, p.cols, q.average, K);
   }
+  return w;
+}
+// linear_forward() with the weights rounded toward their average. What is saved for the backward pass is rounded so as well.
+inline void linear_forward_toward(floatX* Y, const floatX* X, const floatX* W, int T, int K, int N, const Recipe& r, LinearKey key, const LinearScratch& s, LinearSaved* saved, const TowardAverage& q) {
+  const GemmWay way = fp4_way_of(r.fprop.x, r.fprop.w, s.ways);
+  const ReadyOperand x = prepare_operand(r.fprop.x, {kFpropX, kFpropX, key, way}, X, T, K, false, s, saved && saves_x(r) ? &saved->x : nullptr);
+  const ReadyOperand w = prepare_toward(W, N, K, r, key, way, s, saved, q);
   Gemm g;
   g.M = T; g.N = N; g.K = K; g.D = Y; g.ldd = N;
   run_gemm(g, x, w, s, way);
+  save_xt(X, T, K, r, key, s, saved);
+}
+// linear_save() likewise.
+inline void linear_save_toward(const floatX* X, const floatX* W, int T, int K, int N, const Recipe& r, LinearKey key, const LinearScratch& s, LinearSaved* saved, const TowardAverage& q) {
+  linear_save(X, W, T, K, N, r, key, s, saved);
+  if (saves_w(r)) prepare_toward(W, N, K, r, key, GemmWay::emulated, s, saved, q);
 }

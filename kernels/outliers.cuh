@@ -240,10 +240,25 @@ inline void mxfp8_weights(floatX* w, int N, int n, const LinearScratch& s) {
   quantize(out, w, how);
   device_copy(w, out.values, (size_t)N * n);            // n is a multiple of 32: no padding
 }
+// --keep values: what the forward pass would have saved, from X and W, which with `columns` are those columns of the layer's.
+inline void save_again(const floatX* X, const floatX* W, int T, int K, int N, const Recipe& r, LinearKey key, const LinearScratch& s, LinearSaved* again, const LayerControl& how,
+                       const int* columns, int all_columns) {
+  if (!how.toward.average || !is_fp4(r.fprop.w.format)) return linear_save(X, W, T, K, N, r, key, s, again);
+  if (columns) gather_columns(how.scratch.average, how.toward.average, columns, N, K, all_columns);
+  linear_save_toward(X, W, T, K, N, r, key, s, again, {columns ? how.scratch.average : how.toward.average, how.toward.packed});
+}
 inline void backward_columns(floatX* dX, float* dW, const floatX* dY, const floatX* X, const floatX* W, int T, int K, int N, const Recipe& r, LinearKey key, const LinearScratch& s, const LinearSaved* saved,
-                             const OutlierScratch& o, const int* columns, int n, bool forward_weights) {
+                             const LayerControl& how, const int* columns, int n, bool forward_weights) {
+  const OutlierScratch& o = how.scratch;
   gather_columns(o.w, W, columns, N, n, K);
   if (forward_weights) mxfp8_weights(o.w, N, n, s);
+  LinearSaved again;
+  if (saved && saved->again) {
+    gather_columns(o.x, X, columns, T, n, K);
+    again = *saved;
+    save_again(o.x, o.w, T, n, N, r, key, s, &again, how, columns, K);
+    saved = &again;
+  }
   if (dX) {
     linear_dgrad(o.y, dY, o.w, T, n, N, r, key, s, saved);
     scatter_columns(dX, o.y, columns, T, n, K);
@@ -259,9 +274,16 @@ inline void linear_backward(const LayerControl& how, floatX* dX, float* dW, cons
   const OutlierScratch& o = how.scratch;
   if (how.split) {
     const int fp8 = how.split->fp8, fp4 = K - fp8;
-    backward_columns(dX, dW, dY, X, W, T, K, N, r, key, s, saved, o, how.split->columns, fp4, false);
+    backward_columns(dX, dW, dY, X, W, T, K, N, r, key, s, saved, how, how.split->columns, fp4, false);
     key.layer += kOutlierLayers;
-    return backward_columns(dX, dW, dY, X, W, T, K, N, outlier_row(r), key, s, nullptr, o, how.split->columns + fp4, fp8, from_forward_pass(r.dgrad.w));
+    return backward_columns(dX, dW, dY, X, W, T, K, N, outlier_row(r), key, s, nullptr, how, how.split->columns + fp4, fp8, from_forward_pass(r.dgrad.w));
+  }
+  LinearSaved again;
+  if (saved && saved->again) {
+    if (how.occ) occ_split(o.x, o.y, X, T, K, r.occ);
+    again = *saved;
+    save_again(how.occ ? o.x : X, W, T, K, N, r, key, s, &again, how, nullptr, K);
+    saved = &again;
   }
   linear_backward(dX, dW, dY, X, W, T, K, N, r, key, s, saved);
   if (how.occ && !keeps_x(r)) {                           // wgrad took the clamped X that was saved: dW += dY^T (X - Xc)

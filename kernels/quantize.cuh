@@ -795,6 +795,31 @@ __global__ void __launch_bounds__(kStripThreads, 6) plain_kernel(Operand4 out, c
   }
 }
 
+// The values that quantize() would have written beside these codes: without the scale of the tensor, which is alpha's. Padding is zeros. A thread 8.
+__global__ void unpack_values_kernel(Operand4 p, OperandRecipe how) {
+  const unsigned i = blockIdx.x * blockDim.x + threadIdx.x, row = i / (p.ld / 8);
+  const int col = i % (p.ld / 8) * 8;
+  if (row >= (unsigned)p.rows) return;
+  const size_t at = (size_t)row * p.ld + col;
+  const bool fp8 = is_fp8(how.format) || how.format == Format::mxfp8;
+  ElementScale s = element_scale(p, how, row, col);
+  if (how.format != Format::fp4_vector && how.outer == Outer::tensor) s.outer = 1;
+  uint8_t codes[8];
+  if (fp8) memcpy(codes, p.codes + at, 8);
+  else for (int j = 0; j < 4; j++) { const uint8_t two = p.codes[at / 2 + j]; codes[2 * j] = two & 15; codes[2 * j + 1] = two >> 4; }
+  Vec<floatX, 8> out;
+#pragma unroll
+  for (int j = 0; j < 8; j++) {
+    const float code = how.format == Format::fp8_e5m2 ? e5m2_decode(codes[j]) : fp8 ? e4m3_decode(codes[j]) : e2m1_decode(codes[j]);
+    out.v[j] = from_float<floatX>(code * s.block * s.outer);
+  }
+  store_vec(p.values + at, out);
+}
+// p.values from the packed form, which `how` describes; p.values has the same ld.
+inline void unpack_values(const Operand4& p, const OperandRecipe& how) {
+  launch(unpack_values_kernel, ceil_div((unsigned)p.rows * (p.ld / 8), 256u), 256, 0, p, how);
+}
+
 // ------------------------------------------------------------------ the gather and rotation pass
 // out [rows, cols] FP32 = the source or its transpose, rotated (unless kRotate is false) in groups of kN columns; cols is a multiple of kN, and
 // the source has `valid` of them, the rest are zeros. A block takes 32 rows of one group. kLanes neighbouring threads share a row's group: kN/4

@@ -32,7 +32,7 @@ read -ra extra <<< "${EXTRA:-}"
 read -ra recipes <<< "${RECIPES:-bf16 fp8 nvfp4 nvfp4-46 tetrajet2 quartet2 quartet quartet-v4 fp4-dge fqt tetrajet tetrajet2+osci-reset tetrajet2+outcontrol nvfp4+no-tail}"
 steps=${STEPS:-1602} seq=${SEQ:-512} total=${TOTAL_BATCH:-128} batch=${BATCH:-128}
 common=(--model "${MODEL:-llama:30M}" --batch "$batch" --seq "$seq" --total-batch $((total * seq)) --steps "$steps" --lr 1.2e-3
-  --min-lr 0.1 --val-every 0 --val-batches $((${VAL_BATCHES:-20} * total / batch)) --sample-length 0 --save-every "${SAVE_EVERY:-0}" --keep 1 "${extra[@]}")
+  --min-lr 0.1 --val-every 0 --val-batches $((${VAL_BATCHES:-20} * total / batch)) --sample-length 0 --save-every "${SAVE_EVERY:-0}" --keep-checkpoints 1 "${extra[@]}")
 [ -x ./train_fp4 ] || make train_fp4
 mkdir -p "$out"
 
