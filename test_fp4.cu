@@ -3,9 +3,9 @@
 //     the ground       launch, barriers, shuffles; on the CPU also that what would hang is reported      dev/test_runtime.h
 //     formats          E2M1, E4M3, E8M0 over all codes and all BF16 values; Philox's known answers       dev/test_formats.h
 //     quantizers       codes, scales and layout bit-equal to dev/reference.h; statistics; GEMMs          dev/test_quantize.h
-//     native GEMM      the FP4 tensor-core GEMM on the model of its instruction, planted layout bugs      dev/test_native.h
+//     native GEMM      the FP4 tensor-core GEMM on the model of its instruction; planted mistakes        dev/test_native.h
 //     recipes          every row of the table: quantizers, golden vectors, error tables, training        dev/test_recipes.h
-//     control          oscillation, outliers, optimizer formats, schedules of precision                  dev/test_control.h
+//     control          oscillation, outliers, optimizer formats, schedules of precision, --keep          dev/test_control.h
 //     layers           every kernel, forward and backward, at odd sizes                                  dev/test_layers.h
 //     data             tokenizer and loader                                                              dev/test_data.h
 //     checkpoints      safetensors, config.json, atomic directories                                      dev/test_checkpoint.h
@@ -17,6 +17,7 @@
 #define TESTING
 #include "train_fp4.cu"
 #include "dev/bench.h"
+#include "dev/bench_step.h"
 #include "dev/gemm_versions.cuh"
 #include "dev/test_checkpoint.h"
 #include "dev/test_data.h"
@@ -50,6 +51,7 @@ int main(int argc, char** argv) {
 
   if (only_bench) {
     bench();
+    bench_steps();
     const bool native = fp4_ways(GemmWay::automatic).plain != GemmWay::emulated;        // the model of the instruction is slow: small shapes
     bench_gemm_ways(native ? bench_shapes(32768, 768, 3 * 768, 4 * 768) : bench_shapes(256, 256, 3 * 256, 4 * 256));
     printf("\nGPT-2 124M, 32768 tokens:");

@@ -529,12 +529,12 @@ void allocate_model(Model& m, bool print) {
     for (int i = 0; m.training && i < 4; i++)
       want_linear_saved(codes ? x.saved[i] : m.again, m.block_recipe(l), (int)T, layer_shapes(m)[i].K, layer_shapes(m)[i].N, [&](auto** where, size_t n) {
         packed += codes * n * sizeof(**where);
-        if (codes) a.want(where, n, "for the backward pass, packed: inputs, weights");
+        if (codes) a.want(where, n, "packed inputs and weights for backward");
         else again[where] = max(again[where], n * sizeof(**where));
       }, codes && i != 1);
     a.want(&x.ln1_mean, T, kept); a.want(&x.ln1_rstd, T, kept); a.want(&x.ln2_mean, T, kept); a.want(&x.ln2_rstd, T, kept); a.want(&x.lse, T * c.heads, kept);
   }
-  for (auto& [where, bytes] : again) a.want((char**)where, bytes, "inputs and weights of a layer, quantized again");
+  for (auto& [where, bytes] : again) a.want((char**)where, bytes, "a layer's inputs and weights, packed again");
   if (left_out) a.want(&m.passing, T * max(C, F), flow);
   a.want(&m.embedded, T * C, flow); a.want(&m.final, T * C, flow); a.want(&m.temp, T * C, flow); a.want(&m.final_mean, T, flow); a.want(&m.final_rstd, T, flow);
   // Logits are the largest tensor of a small model: they are computed, turned into their gradient and used up a chunk of rows at a time.
@@ -1104,6 +1104,11 @@ std::string choose_fp4_ways(Model& m, const std::string& wanted) {
   return text;
 }
 
+// How many of the last blocks stay in BF16: as asked, or (-1) the recipe's share.
+int bf16_tail(const Recipe& r, int asked, int layers) {
+  return min(asked >= 0 ? asked : r.bf16_last > 0 ? max(1, (int)lroundf(r.bf16_last * layers)) : 0, layers);
+}
+
 volatile sig_atomic_t interrupted = 0;
 void on_interrupt(int) { interrupted = 1; }
 
@@ -1268,7 +1273,7 @@ int main(int argc, char** argv) {
   else if (text) tokenizer = std::make_unique<Tokenizer>(Tokenizer::bytes());
 
   m.bf16_first = min(o.bf16_first, m.config.layers);
-  m.bf16_last = min(o.bf16_last >= 0 ? o.bf16_last : m.recipe.bf16_last > 0 ? max(1, (int)lroundf(m.recipe.bf16_last * m.config.layers)) : 0, m.config.layers);
+  m.bf16_last = bf16_tail(m.recipe, o.bf16_last, m.config.layers);
   m.B = o.batch; m.S = o.seq; m.seed = (uint64_t)o.seed; m.z_loss = o.z_loss;
   m.V = round_up(m.config.vocab, 128);
   m.training = !o.eval_only;

@@ -101,12 +101,21 @@ inline double gemm_bytes(const BenchShape& s, double bytes_per_element) {
 // And the quantizer of both operands: x is read twice (amax, codes), 0.5625 bytes are written.
 inline double quantize_bytes(const BenchShape& s) { return ((double)s.M + s.N) * s.K * (2 + 2 + 0.5625); }
 
+// Peak rates. NVIDIA's own sheets were not at hand: what stands here was checked against pages that quote them, named below, and what was found
+// nowhere says so. Rates are dense (data sheets like to print twice as much, "with sparsity") and accumulate in FP32.
+//   B200       "NVIDIA DGX B200" (brent-newsom-nvidia.github.io, after nvidia.com): 8 GPUs, FP4 144 PFLOP/s sparse, 72 dense, HBM3e 64 TB/s. "B200" (glennklockwood.com,
+//              after NVIDIA's Blackwell brief): HGX at 1000 W: FP4 9000 TFLOP/s dense, 18000 sparse; BF16 2250, 4500; 8 TB/s at most. A driver's bus width gives
+//              7.67 TB/s (pytorch/ao, pull request 4002).
+//   RTX 5090   "NVIDIA RTX 5090 Specs" (spheron.network): 3352 TFLOP/s sparse FP4, 838 sparse FP16 (that is 419 dense with FP16 accumulation, half of it with
+//              FP32), 1792 GB/s. The same proportion, BF16 an eighth of FP4, is listed for the RTX PRO 5000 (hmc-tech.com: 1180 and 147.4).
+//   GB10       "SM121 CUTLASS kernel optimization results" (forums.developer.nvidia.com, 359960): 500 TFLOP/s dense FP4, 1 PFLOP/s is with sparsity (and 356 measured);
+//              "The DGX Spark Handbook" (huggingface.co): 273 GB/s. BF16: not found.
 struct DataSheet { const char* name; double fp4, bf16, bytes; const char* source; };     // dense flop/s with FP32 accumulation, bytes/s
 inline const std::vector<DataSheet>& data_sheets() {
   static const std::vector<DataSheet> sheets = {
-      {"B200", 9000e12, 2250e12, 8000e9, "as commonly published for an eighth of a DGX B200: 144 PFLOP/s sparse FP4, 64 TB/s; BF16 taken as a quarter of dense FP4; not checked against a data sheet"},
-      {"RTX 5090", 1676e12, 209.5e12, 1792e9, "as commonly published: 3352 TFLOP/s sparse FP4, 1792 GB/s; BF16 with FP32 accumulation taken as an eighth of dense FP4; not checked against a data sheet"},
-      {"GB10", 500e12, 125e12, 273e9, "as commonly published for DGX Spark: 1 PFLOP/s sparse FP4, 273 GB/s; BF16 assumed a quarter of dense FP4; not checked against a data sheet"},
+      {"B200", 9000e12, 2250e12, 8000e9, "as quoted from NVIDIA by others: 9 PFLOP/s dense FP4, 18 sparse"},
+      {"RTX 5090", 1676e12, 209.5e12, 1792e9, "half of the 3352 that are quoted with sparsity; BF16 an eighth of FP4"},
+      {"GB10", 500e12, 125e12, 273e9, "half of the 1 PFLOP/s that is quoted with sparsity; BF16 taken as a quarter: not checked"},
   };
   return sheets;
 }
@@ -115,7 +124,7 @@ inline double priced_seconds(const BenchShape& s, double flops, double bytes_per
   return std::max(2.0 * s.M * s.N * s.K / flops, gemm_bytes(s, bytes_per_element) / bytes);
 }
 inline void bench_priced_table(const std::vector<BenchShape>& shapes) {
-  printf("\nPriced, not measured: an ESTIMATE from counted flops and bytes and published peak rates; microseconds at least\n");
+  printf("\nPriced, not measured: an ESTIMATE from counted flops and bytes and published peak rates (dense; sources in dev/gemm_versions.cuh); microseconds at least\n");
   for (const DataSheet& d : data_sheets()) printf("  %-9s %6.0f TFLOP/s FP4, %6.1f BF16, %5.0f GB/s (%s)\n", d.name, d.fp4 / 1e12, d.bf16 / 1e12, d.bytes / 1e9, d.source);
   printf("%-20s %6s %6s %6s", "GEMM", "M", "N", "K");
   for (const DataSheet& d : data_sheets()) printf(" | %8s: BF16    FP4 (limit)  +quantize", d.name);

@@ -417,6 +417,9 @@ inline void test_self_check() {
     const std::string library = fp4_self_check(shapes, GemmWay::cublaslt);
     check("and cuBLASLt's", library.find("equal") != std::string::npos, "%s", library.c_str());
   } else skip("the self-check of cuBLASLt's way", "no FP4 tensor cores here");
+}
+// The same with every planted mistake. (One of them races, and in its own section it stays out of compute-sanitizer's way: README.)
+inline void test_self_check_of_plants() {
   const Fp4CheckShape plain = {131, 75, 403, true, false, false, false}, outer = {131, 75, 403, true, true, true, false}, mx = {131, 75, 403, false, false, false, true};
   int caught = 0, named = 0;
   std::string missed;
@@ -429,7 +432,7 @@ inline void test_self_check() {
   }
   check("the self-check finds each planted mistake and names an element", caught == kPlants - 1 && named == caught, "%d of %d%s", caught, kPlants - 1, missed.c_str());
   if (kOnCpu) {
-    ChildResult r = in_child([&] { fp4_self_check(shapes, GemmWay::mma, [](const GemmFp4& g) { gemm_fp4_mma(g, {1, false}, PlantedLayout{kRegistersA}); }); });
+    ChildResult r = in_child([&] { fp4_self_check({{96, 64, 128, false, false, false, false}}, GemmWay::mma, [](const GemmFp4& g) { gemm_fp4_mma(g, {1, false}, PlantedLayout{kRegistersA}); }); });
     check("a mismatch stops the program with one line that names the element and offers --gemm emulated",
           r.exit_code == 1 && r.output.rfind("error: ", 0) == 0 && r.output.find("element (") != std::string::npos && r.output.find("--gemm emulated") != std::string::npos, "%s", r.output.substr(0, 300).c_str());
   }
@@ -541,7 +544,7 @@ inline void test_native() {
     test_truncation();
     test_against_emulation();
   }
-  if (section("native: planted mistakes")) test_plants();
+  if (section("mistakes planted in the FP4 GEMM")) { test_plants(); test_self_check_of_plants(); }
   if (section("native: the self-check and the ways")) {
     test_self_check();
     test_ways();

@@ -10,7 +10,8 @@
 //                          BF16 holds it exactly, every product is exact in FP32, and the two FP32 tensor scales go to alpha.
 //                          This computes what an FP4 tensor core computes, up to the order of summation. On a GPU: cuBLASLt.
 //                          On a CPU: a cache-blocked loop on all cores.
-//         FP4 tensor cores  gemm_fp4.cuh: the same product from packed codes and scales; its first page says why the two are equal.
+//         FP4 tensor cores  gemm_fp4.cuh: the same product from packed codes and scales. Its first page draws the instruction's fragments and the
+//                          layout of the scales, and says why the two ways are equal and where their accumulation differs.
 // Cost    2 M N K flops.
 #pragma once
 #include <vector>

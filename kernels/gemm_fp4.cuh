@@ -8,6 +8,7 @@
 //         mma         our own kernel, the second half of this file. The instruction exists on sm_120 and sm_121. Everywhere else (H100,
 //                     CPU) the same kernel runs on the instruction's meaning (ptx.cuh): far slower, there to be executed and checked.
 //         emulated    gemm.cuh on the operand's values in BF16: every GPU, every CPU
+// State   Compiled for Blackwell, executed through the model of the instruction, not yet run on the chip.
 //         Nobody has to believe that a way is right: fp4_self_check compares it with the emulation, on the user's GPU, before the first step.
 //
 // -------------------------------------------------------------------------------------------------------------------------------------
@@ -32,7 +33,9 @@
 //     D, 16 x 8             column  0    1    2    3    4    5    6    7
 //                  row g          t=0 d0 d1   t=1 d0 d1   t=2 d0 d1   t=3 d0 d1
 //                  row g+8        t=0 d2 d3   t=1 d2 d3   t=2 d2 d3   t=3 d2 d3
-//     scales of A  row g from lane t=0, row g+8 from lane t=1;  of B: column g from lane t=0.  One word of the tile above each.
+//     scales of A  row g from lane t=0, row g+8 from lane t=1;  of B: column g from lane t=0.  One word of the tile above each:
+//                  NVFP4   byte 0: k 0..15   byte 1: k 16..31   byte 2: k 32..47   byte 3: k 48..63
+//                  MXFP4   byte 0: k 0..31   byte 1: k 32..63   bytes 2, 3: the next instruction's, shifted down for it
 //
 // Half of A (8 rows x 32 k) is 8 rows of 16 bytes: what ldmatrix calls an 8x8 matrix. One ldmatrix.x4 loads a whole fragment of A, or
 // two of B. Nothing is unpacked, permuted or scaled by the kernel.
@@ -180,7 +183,7 @@ inline void gemm_fp4_cublaslt(const GemmFp4& g) {
 // Few tiles, long K (weight gradients: 36 tiles, K = 65536): the slabs are shared out among `parts` blocks, each writes FP32 sums to a
 // workspace, and a second kernel adds them in order. No atomics: the same bits every time.
 //
-// On paper, RTX 5090 (170 SMs; 4 tensor cores, each an m16n8k64 in 16 clocks: 4096 x 4 x 170 x 2.4 GHz = 1.67 PFLOP/s), a slab of a block:
+// On paper, RTX 5090 (170 SMs; 4 tensor cores, each an m16n8k64 in 16 clocks: 1024 flops x 4 x 170 x 2.4 GHz = 1.67 PFLOP/s), a slab of a block:
 //     tensor cores      128 x 128 x 128 / 2048 a clock                                                1024 clocks
 //     shared, reads     4 warps x 2 steps x (8 ldmatrix.x4 of 4 + 4 and 8 scale words of 2)           448        44 %
 //     shared, writes    18 KB / 128                                                                   144        14 %
