@@ -1256,10 +1256,13 @@ inline void test_keep_model() {
   for (int& t : tokens) t = rng.below(250);
   for (int& t : targets) t = rng.below(250);
   struct Run { Floats weights; std::vector<double> losses; bool codes; };
-  auto run = [&](const char* recipe, GemmWay way, Keep keep, int steps) {
+  auto run = [&](const char* recipe, const std::vector<std::string>& set, GemmWay way, Keep keep, int steps) {
+    Options o;
+    o.recipe = recipe; o.set = set; o.outliers = "none";
     Model m;
     m.keep = keep;
-    make_model(m, tiny_llama(), recipe, B, S, "", way);
+    m.scratch.ways = {way, way, way};
+    start(m, o, tiny_llama(), B, S);
     Run r;
     for (int step = 0; step < steps; step++) {
       r.losses.push_back(accumulate_gradients(m, B, S, 1, (uint32_t)step, [&](int) { load_batch(m, tokens.data(), targets.data(), B, S); }));
@@ -1272,9 +1275,11 @@ inline void test_keep_model() {
     free_model(m);
     return r;
   };
-  auto compare = [&](const char* recipe, GemmWay way, int steps) {
-    const Run codes = run(recipe, way, Keep::codes, steps), values = run(recipe, way, Keep::values, steps);
-    check(std::string(recipe) + (way == GemmWay::mma ? ", through the mma kernel: " : ": ") + std::to_string(steps) + " steps with --keep codes and with --keep values give the same losses and weights, bit for bit",
+  auto compare = [&](const char* recipe, GemmWay way, int steps, const std::vector<std::string>& set = {}) {
+    const Run codes = run(recipe, set, way, Keep::codes, steps), values = run(recipe, set, way, Keep::values, steps);
+    std::string words;
+    for (const std::string& s : set) words += " --set " + s;
+    check(recipe + words + (way == GemmWay::mma ? ", through the mma kernel: " : ": ") + std::to_string(steps) + " steps with --keep codes and with --keep values give the same losses and weights, bit for bit",
           codes.weights == values.weights && codes.losses == values.losses && codes.codes && !values.codes, "loss %.5f", codes.losses.back());
   };
   auto bytes = [&](const char* recipe, Keep keep) {                     // of everything, with enough tokens that the inputs outweigh the padding of scales
@@ -1294,6 +1299,13 @@ inline void test_keep_model() {
     else check(row.name + ": --keep codes takes less memory", codes < values && values - codes < inputs - passing, "%.2f and %.2f MB; at most %.2f to gain", codes / 1e6, values / 1e6, (inputs - passing) / 1e6);
   }
   for (const char* recipe : {"nvfp4", "tetrajet"}) compare(recipe, GemmWay::mma, 2);
+  // X^T from the original in words that no row has so: fresh signs, outer scales, MS-EDEN, MXFP4
+  compare("tetrajet2", GemmWay::emulated, 2, {"wgrad.x.source=original"});
+  compare("tetrajet2", GemmWay::mma, 2, {"wgrad.x.source=original"});
+  compare("quartet2", GemmWay::emulated, 2, {"wgrad.x.source=original"});
+  compare("quartet2", GemmWay::emulated, 2, {"wgrad.x.source=original", "wgrad.rounding=eden128"});
+  compare("quartet-v4", GemmWay::emulated, 2, {"wgrad.x.source=original", "estimator.w=ste"});
+  compare("nvfp4", GemmWay::emulated, 2, {"wgrad.x.format=exact", "wgrad.dy.format=exact"});
 }
 inline void test_keep_forced() {
   struct Case { const char* what; const char* recipe; const char* outliers; double bf16_from; const char* bf16_what; int fqt_every; const char* says; };
