@@ -553,7 +553,7 @@ void allocate_model(Model& m, bool print) {
     a.want(&m.scratch.outer[i], quantized / 128, "operands of the GEMM in flight");
   }
   if (linear_needs_rotated(m.recipe)) a.want(&m.scratch.rotated, quantized, "an operand before rounding, FP32");
-  a.want(&m.scratch.tiles, tiles, small); a.want(&m.scratch.scalars, 3, small);
+  a.want(&m.scratch.tiles, tiles, small); a.want(&m.scratch.scalars, kLinearScalars, small);
   if (m.training) {
     a.want(&m.order, T, small); a.want(&m.segment_start, T + 1, small); a.want(&m.segment_token, T, small); a.want(&m.delta, T * c.heads, small);
     const size_t reduce = max(max(norm_backward_scratch((int)T, c.channels), grad_norm_scratch()), max(bias_backward_scratch((int)T, m.qkv_width()), bias_backward_scratch((int)T, m.fc_width())));

@@ -73,7 +73,7 @@ inline void bench() {
 
   LinearScratch s;
   s.tiles = device_alloc<uint32_t>(linear_tile_words(T, C, F));
-  s.scalars = device_alloc<float>(3);
+  s.scalars = device_alloc<float>(kLinearScalars);
   uint8_t *codes = device_alloc<uint8_t>(n / 2), *scales = device_alloc<uint8_t>(std::max(scale_bytes(T, F), scale_bytes(F, T)));
   auto quantizer = [&](const char* name, int rows, int cols, bool transpose, bool tile16, bool stochastic, int hadamard, bool packed) {
     Operand4 out;

@@ -712,7 +712,7 @@ struct Layer {
   Layer(const Recipe& r_, int T_, int K_, int N_, const Floats& x_, const Floats& w_, const Floats& dy_)
       : T(T_), K(K_), N(N_), r(r_), x(rounded_x(x_)), w(rounded_x(w_)), dy(rounded_x(dy_)), dx_x(to_x(x)), dev_w(to_x(w)), dev_dy(to_x(dy)), y((size_t)T_ * N_), dx((size_t)T_ * K_), dw((size_t)N_ * K_) {
     for (int i = 0; i < 2; i++) take(&s.values[i], linear_scratch_elements(T, K, N));
-    take(&s.tiles, linear_tile_words(T, K, N)); take(&s.scalars, 3); take(&s.rotated, linear_scratch_elements(T, K, N));
+    take(&s.tiles, linear_tile_words(T, K, N)); take(&s.scalars, kLinearScalars); take(&s.rotated, linear_scratch_elements(T, K, N));
     want_linear_saved(saved, r, T, K, N, [&](auto** where, size_t n) { take(where, n); });
     OutlierScratch& o = how.scratch;
     take(&o.x, (size_t)T * K); take(&o.w, (size_t)N * K); take(&o.y, (size_t)T * max(N, K)); take(&o.dw, (size_t)N * K); take(&o.norms, column_norms_scratch(K)); take(&o.average, (size_t)N * K);
@@ -1206,7 +1206,7 @@ inline void test_unpack() {
     Operand4 out;
     out.rows = R; out.cols = C; out.ld = ld; out.codes = codes.p; out.scales = scales.p; out.values = values.p; out.outer = outer.p; out.amax = amax.p;
     QuantizeHow how = quantize_how(o, {kWgradX, kWgradDy, {3, 1, 4}, GemmWay::emulated}, transpose);
-    quantize(out, in.p, how, {groups.p, rotated.p});
+    quantize(out, in.p, how, groups.p);
     out.cols = rotated_cols(C, o.rht);
     out.values = unpacked.p;
     unpack_values(out, o);

@@ -525,7 +525,7 @@ inline void test_ragged_wgrad() {
     TestArray<floatX> device_dy(narrow<floatX>(widen(dy))), device_x(narrow<floatX>(widen(x)));
     TestArray<floatX> first(linear_scratch_elements(T, K, N)), second(linear_scratch_elements(T, K, N));
     TestArray<uint32_t> tiles(linear_tile_words(T, K, N));
-    TestArray<float> dw(std::vector<float>(N * K, 0.f)), scalars(3);
+    TestArray<float> dw(std::vector<float>(N * K, 0.f)), scalars(kLinearScalars);
     LinearScratch scratch;
     scratch.values[0] = first.p; scratch.values[1] = second.p; scratch.tiles = tiles.p; scratch.scalars = scalars.p;
     linear_wgrad(dw.p, device_dy.p, device_x.p, T, K, N, recipe, {1, 2, 3}, scratch);

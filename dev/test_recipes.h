@@ -735,7 +735,7 @@ inline LayerRun run_layer(const Recipe& recipe, const LayerData& d, LinearKey ke
   std::vector<float> before((size_t)N * K);                                         // what dW holds already: it is added to
   for (size_t i = 0; i < before.size(); i++) before[i] = (float)(i % 7) / 4;
   TestArray<floatX> X(load(d.X)), W(load(d.W)), dY(load(d.dY)), Y((size_t)T * N), dX((size_t)T * K);
-  TestArray<float> dW(before), scalars(3), rotated(linear_scratch_elements(T, K, N));
+  TestArray<float> dW(before), scalars(kLinearScalars), rotated(linear_scratch_elements(T, K, N));
   TestArray<floatX> first(linear_scratch_elements(T, K, N)), second(linear_scratch_elements(T, K, N));
   TestArray<uint32_t> tiles(linear_tile_words(T, K, N));
   LinearScratch scratch;

@@ -38,11 +38,12 @@ inline SignBits rotation_signs(const OperandRecipe& how, OperandIndex first, Lin
 }
 
 // ------------------------------------------------------------------ memory
+constexpr int kLinearScalars = 5;
 // Scratch for the two quantized operands of the GEMM in flight.
 struct LinearScratch {
   floatX* values[2] = {};                   // each linear_scratch_elements(...) elements
   uint32_t* tiles = nullptr;                // linear_tile_words(...): maxima of 16x16 tiles and other groups of blocks
-  float* scalars = nullptr;                 // amax of operand 1, amax of operand 2, alpha
+  float* scalars = nullptr;                 // kLinearScalars: amax of operand 1, of operand 2, alpha; amax of dY (or X) and of its rotated transpose
   float* rotated = nullptr;                 // linear_scratch_elements(...), if linear_needs_rotated(recipe): an operand before rounding, or a
                                             // gradient before un-rotation
   Fp4Ways ways;                             // what multiplies FP4 operands: the emulation, or FP4 tensor cores, which take them packed:
@@ -139,12 +140,14 @@ inline Operand4 operand_frame(const OperandRecipe& how, OperandPlace place, int 
   }
   return out;
 }
-// x is [rows, cols] in memory; with `transpose` the operand is x^T. save: where its packed form is kept, or null.
+// x is [rows, cols] in memory; with `transpose` the operand is x^T. save: where its packed form is kept, or null. amax: if somebody found it already.
 inline ReadyOperand prepare_operand(const OperandRecipe& how, OperandPlace place, const floatX* x, int rows, int cols, bool transpose,
-                                    const LinearScratch& s, Operand4* save = nullptr) {
+                                    const LinearScratch& s, Operand4* save = nullptr, float* amax = nullptr) {
   if (how.format == Format::bf16) return {x, cols, transpose, nullptr, how, {}};
-  const Operand4 out = operand_frame(how, place, rows, cols, transpose, s, save);
-  quantize(out, x, quantize_how(how, place, transpose), s.tiles);
+  Operand4 out = operand_frame(how, place, rows, cols, transpose, s, save);
+  QuantizeHow q = quantize_how(how, place, transpose);
+  if (amax) { out.amax = amax; q.amax_known = true; }
+  quantize(out, x, q, s.tiles);
   if (save) { save->rows = out.rows; save->cols = rotated_cols(out.cols, how.rht); save->ld = out.ld; }
   return {out.values, out.ld, false, out.amax, how, out};
 }
@@ -156,11 +159,14 @@ inline ReadyOperand prepare_forward_operand(const OperandRecipe& how, OperandPla
   return {out.values, out.ld, false, out.amax, how, out};
 }
 // The packed form alone, for later: x, or x^T, into the arrays of `save`.
-inline void save_operand(const OperandRecipe& how, OperandPlace place, const floatX* x, int rows, int cols, bool transpose, const LinearScratch& s, Operand4* save) {
+inline void save_operand(const OperandRecipe& how, OperandPlace place, const floatX* x, int rows, int cols, bool transpose, const LinearScratch& s, Operand4* save,
+                         bool amax_known = false) {
   save->rows = transpose ? cols : rows;
   save->cols = transpose ? rows : cols;
   save->ld = operand_ld(rotated_cols(save->cols, how.rht));
-  quantize(*save, x, quantize_how(how, place, transpose), {s.tiles, s.rotated});
+  QuantizeHow q = quantize_how(how, place, transpose);
+  q.amax_known = amax_known;
+  quantize(*save, x, q, s.tiles);
   save->cols = rotated_cols(save->cols, how.rht);
 }
 // And what became of it: ready for FP4 tensor cores as it is; for the emulation, its values.
@@ -172,8 +178,14 @@ inline ReadyOperand saved_operand(const OperandRecipe& how, OperandPlace place, 
   }
   return {out.values, out.ld, false, out.amax, how, out};
 }
-inline void save_xt(const floatX* X, int T, int K, const Recipe& r, LinearKey key, const LinearScratch& s, LinearSaved* saved) {
-  if (saved && saved->xt.codes && can_save_xt(r)) save_operand(r.wgrad.x, {kWgradX, kWgradDy, key, GemmWay::emulated}, X, T, K, true, s, &saved->xt);
+inline OperandPlace xt_place(LinearKey key) { return {kWgradX, kWgradDy, key, GemmWay::emulated}; }
+inline bool saves_xt(const Recipe& r, const LinearSaved* saved) { return saved && saved->xt.codes && can_save_xt(r); }
+inline void save_xt(const floatX* X, int T, int K, const Recipe& r, LinearKey key, const LinearScratch& s, LinearSaved* saved, bool amax_known = false) {
+  if (saves_xt(r, saved)) save_operand(r.wgrad.x, xt_place(key), X, T, K, true, s, &saved->xt, amax_known);
+}
+// Do the row copy of a tensor and its column copy each want a scale of the whole tensor, so that one reading of it serves both?
+inline bool share_amax(const OperandRecipe& row, const OperandRecipe& column) {
+  return needs_amax(row) && needs_amax(column) && row.rht == 0 && row.format != Format::fp4_vector && column.format != Format::fp4_vector;
 }
 inline void run_gemm(Gemm g, const ReadyOperand& a, const ReadyOperand& b, const LinearScratch& s, GemmWay way) {
   const int K = rotated_cols(g.K, a.how.rht);
@@ -199,12 +211,14 @@ inline void linear_forward(floatX* Y, const floatX* X, const floatX* W, int T, i
                            const LinearScratch& s, LinearSaved* saved = nullptr) {
   // Outlier control (outliers.cuh) works around this function: it hands in X clamped, or some columns of X and W, and adds the rest to Y.
   const GemmWay way = fp4_way_of(r.fprop.x, r.fprop.w, s.ways);
-  const ReadyOperand x = prepare_operand(r.fprop.x, {kFpropX, kFpropX, key, way}, X, T, K, false, s, saved && saves_x(r) ? &saved->x : nullptr);
+  const bool both = saves_xt(r, saved) && !saves_x(r) && share_amax(r.fprop.x, r.wgrad.x);
+  if (both) amax_of_both(s.scalars + 3, saved->xt.amax, X, T, K, quantize_how(r.wgrad.x, xt_place(key), true));
+  const ReadyOperand x = prepare_operand(r.fprop.x, {kFpropX, kFpropX, key, way}, X, T, K, false, s, saved && saves_x(r) ? &saved->x : nullptr, both ? s.scalars + 3 : nullptr);
   const ReadyOperand w = prepare_operand(r.fprop.w, {kFpropW, kFpropX, key, way}, W, N, K, false, s, saved && saves_w(r) ? &saved->w : nullptr);
   Gemm g;
   g.M = T; g.N = N; g.K = K; g.D = Y; g.ldd = N;
   run_gemm(g, x, w, s, way);
-  save_xt(X, T, K, r, key, s, saved);
+  save_xt(X, T, K, r, key, s, saved, both);
 }
 
 // What linear_forward() with the same arguments saves of fprop's operands, without its GEMM: for a caller who would rather quantize X and W again
@@ -217,11 +231,11 @@ inline void linear_save(const floatX* X, const floatX* W, int T, int K, int N, c
 
 // dX = dY W; or from the forward's rotated W: dX = (dY Wh * mask) H
 inline void linear_dgrad(floatX* dX, const floatX* dY, const floatX* W, int T, int K, int N, const Recipe& r, LinearKey key,
-                         const LinearScratch& s, const LinearSaved* saved = nullptr) {
+                         const LinearScratch& s, const LinearSaved* saved = nullptr, float* dy_amax = nullptr) {
   const bool doubled = from_forward_pass(r.dgrad.w), masked = r.estimator.x == Estimator::quest_mask;
   if ((doubled || masked) && !saved) die("linear_dgrad: recipe %s needs what the forward pass saved", r.name.c_str());
   const GemmWay way = fp4_way_of(r.dgrad.dy, r.dgrad.w, s.ways);
-  const ReadyOperand dy = prepare_operand(r.dgrad.dy, {kDgradDy, kDgradDy, key, way}, dY, T, N, false, s);
+  const ReadyOperand dy = prepare_operand(r.dgrad.dy, {kDgradDy, kDgradDy, key, way}, dY, T, N, false, s, nullptr, dy_amax);
   const ReadyOperand w = doubled ? prepare_forward_operand(r.dgrad.w, {kDgradW, kDgradDy, key, way}, saved->w, r.fprop.w, s)
                                  : prepare_operand(r.dgrad.w, {kDgradW, kDgradDy, key, way}, W, N, K, true, s);
   const int rht = doubled ? r.fprop.w.rht : 0, width = rotated_cols(K, rht);
@@ -235,14 +249,14 @@ inline void linear_dgrad(floatX* dX, const floatX* dY, const floatX* W, int T, i
 
 // dW += dY^T X, in FP32; or from the forward's rotated X: dW += (dY^T Xh * mask) H; or dW += (dY^T X) * f'(W / scale), which needs W
 inline void linear_wgrad(float* dW, const floatX* dY, const floatX* X, int T, int K, int N, const Recipe& r, LinearKey key,
-                         const LinearScratch& s, const LinearSaved* saved = nullptr, const floatX* W = nullptr) {
+                         const LinearScratch& s, const LinearSaved* saved = nullptr, const floatX* W = nullptr, float* dyt_amax = nullptr) {
   const bool doubled = from_forward_pass(r.wgrad.x), masked = r.estimator.w == Estimator::quest_mask, with_dge = uses_dge(r);
   if (((doubled || masked || with_dge) && !saved) || (with_dge && !W)) die("linear_wgrad: recipe %s needs what the forward pass saved", r.name.c_str());
   const GemmWay way = fp4_way_of(r.wgrad.dy, r.wgrad.x, s.ways);
-  const ReadyOperand dy = prepare_operand(r.wgrad.dy, {kWgradDy, kWgradDy, key, way}, dY, T, N, true, s);
+  const ReadyOperand dy = prepare_operand(r.wgrad.dy, {kWgradDy, kWgradDy, key, way}, dY, T, N, true, s, nullptr, dyt_amax);
   const OperandPlace place = {kWgradX, kWgradDy, key, way};
   const ReadyOperand x = doubled ? prepare_forward_operand(r.wgrad.x, place, saved->x, r.fprop.x, s)
-                         : saved && saved->xt.codes && can_save_xt(r) ? saved_operand(r.wgrad.x, place, saved->xt, s)
+                         : saves_xt(r, saved) ? saved_operand(r.wgrad.x, place, saved->xt, s)
                          : prepare_operand(r.wgrad.x, place, X, T, K, true, s);
   const int rht = doubled ? r.fprop.x.rht : 0, width = rotated_cols(K, rht);
   Gemm g;
@@ -258,6 +272,8 @@ inline void linear_wgrad(float* dW, const floatX* dY, const floatX* X, int T, in
 // Where X was kept instead of its codes (saved->again), linear_save() comes first.
 inline void linear_backward(floatX* dX, float* dW, const floatX* dY, const floatX* X, const floatX* W, int T, int K, int N, const Recipe& r,
                             LinearKey key, const LinearScratch& s, const LinearSaved* saved = nullptr) {
-  if (dX) linear_dgrad(dX, dY, W, T, K, N, r, key, s, saved);
-  linear_wgrad(dW, dY, X, T, K, N, r, key, s, saved, W);
+  const bool both = dX && share_amax(r.dgrad.dy, r.wgrad.dy);
+  if (both) amax_of_both(s.scalars + 3, s.scalars + 4, dY, T, N, quantize_how(r.wgrad.dy, {kWgradDy, kWgradDy, key, GemmWay::emulated}, true));
+  if (dX) linear_dgrad(dX, dY, W, T, K, N, r, key, s, saved, both ? s.scalars + 3 : nullptr);
+  linear_wgrad(dW, dY, X, T, K, N, r, key, s, saved, W, both ? s.scalars + 4 : nullptr);
 }

@@ -950,13 +950,13 @@ template <bool kWarp = !kOnCpu>
 void quantize(const Operand4& out, const Operand4& from, const OperandRecipe& from_how, const QuantizeHow& how, uint32_t* groups = nullptr) {
   quantize_source<kWarp>(out, Packed{from, from_how}, how, groups);
 }
-// The tensor's scales of two operands, x as it is and x^T as `turned` rotates it, in one reading of x [rows, cols]: for quantize() with amax_known.
-// plain: max|x|; rotated: null, or max|x^T| after the rotation.
-template <bool kWarp = !kOnCpu, class T> void amax_of_both(float* plain, float* rotated, const T* x, int rows, int cols, const QuantizeHow& turned) {
+// What two operands need to know of x [rows, cols] before they are quantized with amax_known, in one reading: row: max|x|; column: that of x^T as
+// `turned` rotates it.
+template <bool kWarp = !kOnCpu, class T> void amax_of_both(float* row, float* column, const T* x, int rows, int cols, const QuantizeHow& turned) {
   const BlockHow how = {turned.recipe, how_signs(turned), {}, 0, 0};
   const Matrix<T> source = {x, rows, cols};
-  if (rotated) launch_amax<true, kWarp>(plain, rotated, nullptr, source, cols, round_up(rows, turned.recipe.rht), how);
-  else launch_amax<false, kWarp>(plain, nullptr, nullptr, source, rows, cols, how);
+  if (how.recipe.rht) launch_amax<true, kWarp>(row, column, nullptr, source, cols, round_up(rows, how.recipe.rht), how);
+  else launch_amax<false, kWarp>(row, column, nullptr, source, rows, cols, how);
 }
 // NVFP4 with one scale a tensor, in the words tile16, stochastic, hadamard, signs. tile_scratch: ceil(rows/16) * ceil(cols/16) words, for 16x16 only.
 template <class T> void quantize_nvfp4(const Operand4& out, const T* x, QuantizeHow how, uint32_t* tile_scratch = nullptr) {
