@@ -57,10 +57,15 @@ void configure_control(Model& m, Options& o) {
   const OperandRecipe& w = m.recipe.fprop.w;
   const bool grid = is_fp4(w.format) && w.rounding == Rounding::nearest && (w.rht == 0 || w.signs == Signs::none);
   if (c.oscillation != "none" && !grid)
-    oscillation = c.oscillation + ": needs an FP4 grid that stays in place: the recipe's fprop.w in FP4, rounded to nearest, without random signs; it is " + operand_word(w);
+    oscillation = c.oscillation + ": needs an FP4 grid that stays in place: the recipe's fprop.w in FP4, rounded to nearest, without random signs; " +
+                  "it is " + operand_word(w);
   if (c.oscillation != "none" && oscillation.empty() && w.rht) {                     // the grid lies in rotated coordinates
-    for (const LayerShape& s : layer_shapes(m)) if (s.K % w.rht) oscillation = c.oscillation + ": the recipe rotates W in groups of " + std::to_string(w.rht) + ", which " + std::to_string(s.K) + " input channels do not divide into";
-    if (c.oscillation == "q-ema" && (c.outliers == "outcontrol" || !linear_needs_rotated(m.recipe))) oscillation = "q-ema: not with this recipe's rotation of W";
+    for (const LayerShape& s : layer_shapes(m))
+      if (s.K % w.rht)
+        oscillation = c.oscillation + ": the recipe rotates W in groups of " + std::to_string(w.rht) + ", which " + std::to_string(s.K) +
+                      " input channels do not divide into";
+    if (c.oscillation == "q-ema" && (c.outliers == "outcontrol" || !linear_needs_rotated(m.recipe)))
+      oscillation = "q-ema: not with this recipe's rotation of W";
   }
   if (oscillation.empty() && (c.oscillation == "osci-reset" || c.oscillation == "q-ramping")) {
     const bool ramp = c.oscillation == "q-ramping";
@@ -70,11 +75,16 @@ void configure_control(Model& m, Options& o) {
     if (!o.eval_only) oscillation = window_problem(c.window, o.warmup, o.steps, c.oscillation.c_str());
   }
   if (c.outliers == "outcontrol" && !m.recipe.quantizes()) outliers = "outcontrol: the recipe quantizes nothing";
+  const std::string choice = "after step " + std::to_string(o.outlier_start + o.outlier_steps - 1);
   if (c.outliers == "outcontrol" && !o.eval_only && o.outlier_start + o.outlier_steps > o.steps)
-    outliers = "outcontrol: the channels are chosen after step " + std::to_string(o.outlier_start + o.outlier_steps - 1) + ", but the run has " + std::to_string(o.steps) + "; lower --outlier-start or --outlier-steps";
-  if (outliers.empty() && oscillation.empty() && c.outliers == "outcontrol" && (c.oscillation == "osci-reset" || c.oscillation == "q-ramping") && c.window.start < o.outlier_start + o.outlier_steps)
-    oscillation = c.oscillation + ": --osci-start " + std::to_string(c.window.start) + " comes before outcontrol has chosen its channels, after step " + std::to_string(o.outlier_start + o.outlier_steps - 1) + "; the grid would change under the window";
-  if (c.outliers == "occ" && (!is_fp4(m.recipe.fprop.x.format))) outliers = "occ: needs fprop.x in FP4 and a quantile; set the recipe's field occ, such as --set occ=0.99";
+    outliers = "outcontrol: the channels are chosen " + choice + ", but the run has " + std::to_string(o.steps) +
+               "; lower --outlier-start or --outlier-steps";
+  const bool windows = c.oscillation == "osci-reset" || c.oscillation == "q-ramping";
+  if (outliers.empty() && oscillation.empty() && c.outliers == "outcontrol" && windows && c.window.start < o.outlier_start + o.outlier_steps)
+    oscillation = c.oscillation + ": --osci-start " + std::to_string(c.window.start) + " comes before outcontrol has chosen its channels, " + choice +
+                  "; the grid would change under the window";
+  if (c.outliers == "occ" && !is_fp4(m.recipe.fprop.x.format))
+    outliers = "occ: needs fprop.x in FP4 and a quantile; set the recipe's field occ, such as --set occ=0.99";
   auto settle = [](const char* option, const std::string& problem, const std::string& asked, std::string* name) {
     if (problem.empty()) return;
     if (!asked.empty()) die_usage("--%s %s", option, problem.c_str());
@@ -87,29 +97,36 @@ void configure_control(Model& m, Options& o) {
 // In words: how a run is watched over. Empty if it is not.
 std::string control_text(const Model& m, const Options& o) {
   const Control& c = m.control;
-  char s[256];
   std::string text;
-  if (c.oscillation == "osci-reset") { snprintf(s, sizeof s, " osci-reset: from step %d, every %d, over %d, tau %g;", c.window.start, c.window.period, c.window.detect, c.tau); text += s; }
-  if (c.oscillation == "q-ramping") { snprintf(s, sizeof s, " q-ramping: from step %d, every %d, over %d, at most %d steps;", c.window.start, c.window.period, c.window.detect, c.ramp_most); text += s; }
-  if (c.oscillation == "q-ema") { snprintf(s, sizeof s, " q-ema: decay %g;", c.ema); text += s; }
-  if (c.outliers == "occ") { snprintf(s, sizeof s, " occ: quantile %g;", m.recipe.occ); text += s; }
-  if (c.outliers == "outcontrol") {
-    snprintf(s, sizeof s, " outcontrol: norms of steps %d to %d, %s;", o.outlier_start, o.outlier_start + o.outlier_steps - 1, c.sorted ? "sorted" : "in memory's order");
+  auto add = [&](const char* format, auto... values) {
+    char s[256];
+    snprintf(s, sizeof s, format, values...);
     text += s;
+  };
+  const WindowSchedule& w = c.window;
+  if (c.oscillation == "osci-reset") add(" osci-reset: from step %d, every %d, over %d, tau %g;", w.start, w.period, w.detect, c.tau);
+  if (c.oscillation == "q-ramping") add(" q-ramping: from step %d, every %d, over %d, at most %d steps;", w.start, w.period, w.detect, c.ramp_most);
+  if (c.oscillation == "q-ema") add(" q-ema: decay %g;", c.ema);
+  if (c.outliers == "occ") add(" occ: quantile %g;", m.recipe.occ);
+  if (c.outliers == "outcontrol") {
+    const char* order = c.sorted ? "sorted" : "in memory's order";
+    add(" outcontrol: norms of steps %d to %d, %s;", o.outlier_start, o.outlier_start + o.outlier_steps - 1, order);
     const char* names[4] = {"qkv", "out", "up", "down"};
     for (int i = 0; i < 4; i++) {
       int multiple;
       const int K = layer_shapes(m)[i].K, n = outlier_columns(K, c.outlier_fraction, &multiple);
-      snprintf(s, sizeof s, " %s %d of %d%s", names[i], n, K, n == 0 ? " (too few channels: none)" : multiple < 128 ? (" (rounded up to " + std::to_string(multiple) + ", not 128, which would be half or more)").c_str() : "");
-      text += s;
+      add(" %s %d of %d", names[i], n, K);
+      if (n == 0) add("%s", " (too few channels: none)");
+      else if (multiple < 128) add(" (rounded up to %d, not 128, which would be half or more)", multiple);
     }
     text += ";";
   }
   if (o.bf16_trigger == "fqt" || o.bf16_from < 1) {
-    snprintf(s, sizeof s, " BF16 %s: %s;", o.bf16_what.c_str(), o.bf16_trigger == "fqt" ? "when the gradient sinks into its quantization noise" : ("from step " + std::to_string((int)ceil(o.bf16_from * o.steps)) + " on").c_str());
-    text += s;
+    if (o.bf16_trigger == "fqt") add(" BF16 %s: when the gradient sinks into its quantization noise;", o.bf16_what.c_str());
+    else add(" BF16 %s: from step %d on;", o.bf16_what.c_str(), (int)ceil(o.bf16_from * o.steps));
   }
-  if (!m.adam.all_fp32()) { snprintf(s, sizeof s, " AdamW m %s%s, v %s;", o.adam_m.c_str(), m.adam.m == StateFormat::fp8 && m.adam.e8m0 ? " with E8M0 scales" : "", o.adam_v.c_str()); text += s; }
+  const char* scales = m.adam.m == StateFormat::fp8 && m.adam.e8m0 ? " with E8M0 scales" : "";
+  if (!m.adam.all_fp32()) add(" AdamW m %s%s, v %s;", o.adam_m.c_str(), scales, o.adam_v.c_str());
   if (!text.empty()) text.pop_back();
   return text;
 }
@@ -158,7 +175,10 @@ void want_control(Model& m) {
   if (m.training && (c.oscillation == "osci-reset" || c.oscillation == "q-ramping")) a.later = window_bytes(m);
   if (c.outliers == "none") return;
   size_t x = 0, w = 0, y = 0, norms = 0;
-  for (const LayerShape& s : layer_shapes(m)) { x = max(x, T * s.K); w = max(w, (size_t)s.N * s.K); y = max(y, max(T * s.N, T * s.K)); norms = max(norms, column_norms_scratch(s.K)); }
+  for (const LayerShape& s : layer_shapes(m)) {
+    x = max(x, T * s.K); w = max(w, (size_t)s.N * s.K); y = max(y, max(T * s.N, T * s.K));
+    norms = max(norms, column_norms_scratch(s.K));
+  }
   const char* label = c.outliers == "occ" ? "OCC: clamped X and the rest" : "OutControl: gathered operands of a layer";
   if (c.outliers == "occ") { a.want(&c.outlier_scratch.x, x, label); a.want(&c.outlier_scratch.y, x, label); return; }
   a.want(&c.outlier_scratch.x, x, label); a.want(&c.outlier_scratch.w, w, label); a.want(&c.outlier_scratch.y, y, label);
@@ -196,7 +216,9 @@ const float* rounding_coordinates(const Model& m, const Param& p) {
   return w;
 }
 void begin_average(Model& m) {
-  if (m.control.average) for (const Param& p : m.params) if (p.watched) device_copy(m.control.average + p.weight->watch_offset, rounding_coordinates(m, p), p.size());
+  if (!m.control.average) return;
+  for (const Param& p : m.params)
+    if (p.watched) device_copy(m.control.average + p.weight->watch_offset, rounding_coordinates(m, p), p.size());
 }
 
 // ------------------------------------------------------------------ a linear layer
@@ -249,7 +271,8 @@ void open_window(Model& m) {
   for (float** p : {&o.prev, &o.dist_q, &o.dist_w}) { *p = device_alloc<float>(m.control.watched); device_zero(*p, m.control.watched); }
   for (float** p : {&o.w, &o.q, &o.q_prev}) *p = device_alloc<float>(largest_watched(m));
   const PackedGrid most = largest_grid(m);
-  o.grid = {device_alloc<uint8_t>(most.bytes.codes), device_alloc<uint8_t>(most.bytes.scales), device_alloc<float>(most.bytes.outer / 4), device_alloc<float>(1), device_alloc<uint32_t>(most.groups)};
+  o.grid = {device_alloc<uint8_t>(most.bytes.codes), device_alloc<uint8_t>(most.bytes.scales), device_alloc<float>(most.bytes.outer / 4),
+            device_alloc<float>(1), device_alloc<uint32_t>(most.groups)};
   o.counts = device_alloc<OsciCounts>(1);
 }
 // After the update that finished step `step` (1 for the first). What it found goes to the terminal and to control.csv.
@@ -275,10 +298,11 @@ void oscillation_step(Model& m, int step, EventLog* log) {
   for (const Param& p : m.params) {
     if (!p.watched) continue;
     const WatchedView v = watched_view(m, p);
-    float *prev = c.open.prev + p.weight->watch_offset, *dist_q = c.open.dist_q + p.weight->watch_offset, *dist_w = c.open.dist_w + p.weight->watch_offset;
+    const size_t at = p.weight->watch_offset;
+    float *prev = c.open.prev + at, *dist_q = c.open.dist_q + at, *dist_w = c.open.dist_w + at;
     elements += v.size();
     if (phase == WindowPhase::finish && c.oscillation == "q-ramping") {
-      ramp_periods(c.ramp.period + p.weight->watch_offset, &s.counts->oscillating, dist_q, dist_w, c.ramp_most, v.size());
+      ramp_periods(c.ramp.period + at, &s.counts->oscillating, dist_q, dist_w, c.ramp_most, v.size());
       continue;
     }
     view_of(m, s.w, s.q, p);
@@ -291,8 +315,11 @@ void oscillation_step(Model& m, int step, EventLog* log) {
     if (v.rht) {                                                // W += (change in the rotated coordinates) rotated back
       osci_reset<true>(s.counts, s.w, s.q, dist_q, dist_w, c.tau, v.size());
       rotate_rows(s.w, s.q_prev, v.rows, v.cols, v.rht);
-      if (v.columns) { gather_columns(s.q, p.weight->master, v.columns, v.rows, v.cols, p.cols); add_changes(s.q, s.w, v.size()); scatter_columns(p.weight->master, s.q, v.columns, v.rows, v.cols, p.cols); }
-      else add_changes(p.weight->master, s.w, v.size());
+      if (v.columns) {
+        gather_columns(s.q, p.weight->master, v.columns, v.rows, v.cols, p.cols);
+        add_changes(s.q, s.w, v.size());
+        scatter_columns(p.weight->master, s.q, v.columns, v.rows, v.cols, p.cols);
+      } else add_changes(p.weight->master, s.w, v.size());
     } else {
       osci_reset<false>(s.counts, s.w, s.q, dist_q, dist_w, c.tau, v.size());
       if (v.columns) scatter_columns(p.weight->master, s.w, v.columns, v.rows, v.cols, p.cols);
@@ -308,9 +335,12 @@ void oscillation_step(Model& m, int step, EventLog* log) {
       printf("step %5d  Q-Ramping: %.3f %% of %.0f weights take longer steps from now on\n", step, 100 * n.oscillating / elements, elements);
       if (log) log->line(step, "ramp_share", n.oscillating / elements);
     } else {
-      printf("step %5d  OsciReset: of %.0f weights %.2f %% moved, %.2f %% changed their quantized value, %.3f %% oscillate, %.3f %% were reset\n", step, elements, 100 * n.moved / elements,
-             100 * n.flipped / elements, 100 * n.oscillating / elements, 100 * n.reset / elements);
-      if (log) { log->line(step, "osci_moved", n.moved / elements); log->line(step, "osci_flipped", n.flipped / elements); log->line(step, "osci_oscillating", n.oscillating / elements); log->line(step, "osci_reset", n.reset / elements); }
+      const double moved = n.moved / elements, flipped = n.flipped / elements, oscillating = n.oscillating / elements, reset = n.reset / elements;
+      printf("step %5d  OsciReset: of %.0f weights %.2f %% moved, %.2f %% changed their quantized value, %.3f %% oscillate, %.3f %% were reset\n",
+             step, elements, 100 * moved, 100 * flipped, 100 * oscillating, 100 * reset);
+      if (!log) return;
+      log->line(step, "osci_moved", moved); log->line(step, "osci_flipped", flipped);
+      log->line(step, "osci_oscillating", oscillating); log->line(step, "osci_reset", reset);
     }
   }
 }

@@ -46,7 +46,7 @@ __global__ void gemm_fp4_v1_kernel(GemmFp4 g) {
     for (int r = 0; r < 4; r++) a[r] = fp4_word(g.a_codes, g.lda, m0 + quad + 8 * (r & 1), k + 8 * t + 32 * (r >> 1), g.M, g.K);
     for (int r = 0; r < 2; r++) b[r] = fp4_word(g.b_codes, g.ldb, n0 + quad, k + 8 * t + 32 * r, g.N, g.K);
     const uint32_t sfa = fp4_scale_word(g.a_scales, m0 + quad + 8 * (lane & 1), k, g.M, g.K), sfb = fp4_scale_word(g.b_scales, n0 + quad, k, g.N, g.K);
-    mma_m16n8k64_nvfp4(d, a, b[0], b[1], sfa, sfb);
+    mma_m16n8k64_fp4<false>(d, a, b[0], b[1], sfa, sfb);
   }
   fp4_store_fragment(g, d, m0, n0, lane);
 }
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(128) gemm_fp4_v2_kernel(GemmFp4 g) {
     for (int i = 0; i < 2; i++) for (int r = 0; r < 4; r++) a[i][r] = codes[0][(wm + 16 * i + quad + 8 * (r & 1)) * kWords + t + 4 * (r >> 1)];
     for (int j = 0; j < 4; j++) for (int r = 0; r < 2; r++) b[j][r] = codes[1][(wn + 8 * j + quad) * kWords + t + 4 * r];
     for (int i = 0; i < 2; i++) for (int j = 0; j < 4; j++)
-      mma_m16n8k64_nvfp4(d[i][j], a[i], b[j][0], b[j][1], scales[0][wm + 16 * i + quad + 8 * (lane & 1)], scales[1][wn + 8 * j + quad]);
+      mma_m16n8k64_fp4<false>(d[i][j], a[i], b[j][0], b[j][1], scales[0][wm + 16 * i + quad + 8 * (lane & 1)], scales[1][wn + 8 * j + quad]);
     __syncthreads();
   }
   for (int i = 0; i < 2; i++) for (int j = 0; j < 4; j++) fp4_store_fragment(g, d[i][j], m0 + wm + 16 * i, n0 + wn + 8 * j, lane);

@@ -80,8 +80,7 @@ inline reference::Array exact_product(const Packed& a, const Packed& b, int firs
 struct LaneRegisters { uint32_t a[4], b[2], sfa, sfb; float d[4]; };
 template <bool kMx> __global__ void one_mma_kernel(LaneRegisters* lanes, bool truncate) {
   LaneRegisters r = lanes[threadIdx.x];
-  if (kMx) mma_m16n8k64_mxfp4(r.d, r.a, r.b[0], r.b[1], r.sfa, r.sfb, truncate);
-  else mma_m16n8k64_nvfp4(r.d, r.a, r.b[0], r.b[1], r.sfa, r.sfb, truncate);
+  mma_m16n8k64_fp4<kMx>(r.d, r.a, r.b[0], r.b[1], r.sfa, r.sfb, truncate);
   for (int i = 0; i < 4; i++) lanes[threadIdx.x].d[i] = r.d[i];
 }
 // The documented truncation, by MMA-Sim's description: groups of 16 exact; they and c cut off at 35 fraction bits below the largest exponent,

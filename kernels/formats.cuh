@@ -65,7 +65,18 @@ __host__ __device__ __forceinline__ int e2m1_encode(float v) { return e2m1_sign(
 
 __host__ __device__ __forceinline__ int e2m1_encode_sr(float v, float u) { return e2m1_sign(v) | e2m1_index_sr(fabsf(v), u); }
 
-// ------------------------------------------------------------------ E4M3
+// ------------------------------------------------------------------ E4M3, and what it shares with E5M2
+// The code of an 8-bit float with kMantissa bits after the point and this exponent bias: to nearest even, saturating at the value of code `largest`.
+// NaN: 0x7f with the sign.
+template <int kMantissa, int kBias> __host__ __device__ inline uint8_t fp8_encode(float v, uint8_t largest) {
+  constexpr int kDrop = 23 - kMantissa;                                                       // bits of FP32's mantissa that go away
+  constexpr unsigned kLift = 127 - kBias, kHalf = (1u << (kDrop - 1)) - 1;                     // FP32's exponent is larger by kLift
+  const unsigned bits = float_bits(v), sign = bits >> 24 & 0x80, a = bits & 0x7fffffff;
+  if (a > 0x7f800000u) return (uint8_t)(sign | 0x7f);
+  if (a >= ((unsigned)largest << kDrop) + (kLift << 23)) return (uint8_t)(sign | largest);
+  if (a < (kLift + 1) << 23) return (uint8_t)(sign | (unsigned)rintf(fabsf(v) * (float)(1 << (kBias - 1 + kMantissa))));   // equal steps
+  return (uint8_t)(sign | (((a + kHalf + (a >> kDrop & 1)) >> kDrop) - (kLift << kMantissa)));
+}
 __host__ __device__ inline float e4m3_decode(uint8_t byte) {
   const int e = byte >> 3 & 15, m = byte & 7;
   if ((byte & 0x7f) == 0x7f) return bits_float(0x7fffffffu);
@@ -73,13 +84,7 @@ __host__ __device__ inline float e4m3_decode(uint8_t byte) {
   return byte & 0x80 ? -a : a;
 }
 // Round to nearest even, saturating at 448.
-__host__ __device__ inline uint8_t e4m3_encode(float v) {
-  const unsigned bits = float_bits(v), sign = bits >> 24 & 0x80, a = bits & 0x7fffffff;
-  if (a > 0x7f800000u) return (uint8_t)(sign | 0x7f);
-  if (a >= 0x43e00000u) return (uint8_t)(sign | 0x7e);                                        // 448 and above
-  if (a < 0x3c800000u) return (uint8_t)(sign | (unsigned)rintf(fabsf(v) * 512.0f));           // below 2^-6: steps of 2^-9
-  return (uint8_t)(sign | (((a + 0x7ffff + (a >> 20 & 1)) >> 20) - (120u << 3)));
-}
+__host__ __device__ inline uint8_t e4m3_encode(float v) { return fp8_encode<3, 7>(v, 0x7e); }
 
 // v rounded to E4M3, as a float: what e4m3_decode(e4m3_encode(v)) gives, without a code in between.
 __host__ __device__ __forceinline__ float fp8_round(float v, float most, uint32_t smallest_binade, uint32_t mantissa_bits) {
@@ -118,13 +123,7 @@ __host__ __device__ inline float e5m2_decode(uint8_t byte) {
   return byte & 0x80 ? -a : a;
 }
 // Round to nearest even, saturating at 57344.
-__host__ __device__ inline uint8_t e5m2_encode(float v) {
-  const unsigned bits = float_bits(v), sign = bits >> 24 & 0x80, a = bits & 0x7fffffff;
-  if (a > 0x7f800000u) return (uint8_t)(sign | 0x7f);
-  if (a >= 0x47600000u) return (uint8_t)(sign | 0x7b);                                        // 57344 and above
-  if (a < 0x38800000u) return (uint8_t)(sign | (unsigned)rintf(fabsf(v) * 65536.0f));         // below 2^-14: steps of 2^-16
-  return (uint8_t)(sign | (((a + 0xfffff + (a >> 21 & 1)) >> 21) - (112u << 2)));
-}
+__host__ __device__ inline uint8_t e5m2_encode(float v) { return fp8_encode<2, 15>(v, 0x7b); }
 
 // ------------------------------------------------------------------ E8M0: scales of MXFP4 and MXFP8, v >= 0
 __host__ __device__ inline float e8m0_decode(uint8_t byte) {

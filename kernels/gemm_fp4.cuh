@@ -332,8 +332,7 @@ __global__ void __launch_bounds__(kFp4Threads<kOuter>, kOuter ? 1 : 2) gemm_fp4_
 #pragma unroll
           for (int i = 0; i < 4; i++) {
             float(&d)[4] = kOuter ? slab_sum[i % (kOuter ? 4 : 1)][f % (kOuter ? kFragments : 1)] : sum[i][f];
-            if constexpr (kMx) mma_m16n8k64_mxfp4(d, a[i], b[2 * h], b[2 * h + 1], sfa[i], sfb, truncate);
-            else mma_m16n8k64_nvfp4(d, a[i], b[2 * h], b[2 * h + 1], sfa[i], sfb, truncate);
+            mma_m16n8k64_fp4<kMx>(d, a[i], b[2 * h], b[2 * h + 1], sfa[i], sfb, truncate);
           }
         }
       }

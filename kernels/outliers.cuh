@@ -1,8 +1,8 @@
 // kernels/outliers.cuh -- what to do about the few channels, or the few entries of X, that are far larger than the rest.
 //
 // OutControl  A static choice of input channels (columns of X and of W) of every linear layer. From step 501 on, for 50 steps, the L2 norms
-//             of the columns of X are summed; then the largest 10 % of the columns (rounded up to a multiple of 128) are computed in MXFP8, the others
-//             as the recipe says. In the terms of recipe.cuh a layer becomes two layers side by side, each with a row of its own:
+//             of the columns of X are summed; then the largest 10 % of the columns (rounded up to a multiple of 128) are computed in MXFP8,
+//             the others as the recipe says. In the terms of recipe.cuh a layer becomes two layers side by side, each with a row of its own:
 //
 //                 Y  = X[:,A] W[:,A]^T  under the recipe       A: the FP4 columns
 //                    + X[:,B] W[:,B]^T  under its B row        B: the FP8 columns; fprop and wgrad MXFP8 (E4M3, 1x32, scale rounded up, RN,
@@ -17,8 +17,8 @@
 //             row (nearest rank), so that Xc is exact in BF16; torch.quantile interpolates between two.
 // Source      OutControl: TetraJet-v2, arXiv 2510.27527, and the authors' code. There x is quantized twice for the FP8 part of wgrad, and dgrad is
 //             one GEMM. OCC: Wang et al., arXiv 2501.17116, section 3.3.
-// Cost        OutControl: gathers X and W (4 bytes read and written an element), scatters dX and dW. OCC: reads X 17 times (from L1) and writes it twice,
-//             and one more GEMM of the layer's size in BF16.
+// Cost        OutControl: gathers X and W (4 bytes read and written an element), scatters dX and dW. OCC: reads X 17 times (from L1) and writes
+//             it twice, and one more GEMM of the layer's size in BF16.
 #pragma once
 #include <algorithm>
 #include <numeric>
@@ -53,8 +53,8 @@ inline void add_column_norms(float* sums, const floatX* x, int rows, int cols, f
   launch(column_norms_kernel, ceil_div(cols, threads), threads, 0, sums, scratch, cols);
 }
 
-// How many of K columns become FP8: the fraction, rounded up to a multiple of 128. In a small layer that would be most or all of it: then a multiple of
-// 64 or 32 (a block of MXFP8), the first that takes less than half; 0 if none does. *multiple: which one it was.
+// How many of K columns become FP8: the fraction, rounded up to a multiple of 128. In a small layer that would be most or all of it: then a
+// multiple of 64 or 32 (a block of MXFP8), the first that takes less than half; 0 if none does. *multiple: which one it was.
 inline int outlier_columns(int K, float fraction, int* multiple = nullptr) {
   const int wanted = max(1, (int)(K * (double)fraction));
   for (int m = 128; m >= 32; m /= 2) {
@@ -151,8 +151,8 @@ template <int kLanes = kRowLanes> void occ_split(floatX* clamped, floatX* residu
 
 // ------------------------------------------------------------------ rows derived from a row
 inline bool is_fp4(Format f) { return f == Format::nvfp4 || f == Format::mxfp4 || f == Format::fp4_vector; }
-// With the forward or the backward pass in BF16. What started from the forward's quantized value then starts from the original, and the gradient passes
-// straight through a quantizer that is no longer there.
+// With the forward or the backward pass in BF16. What started from the forward's quantized value then starts from the original, and the
+// gradient passes straight through a quantizer that is no longer there.
 inline Recipe without_forward(Recipe r) {
   r.fprop.x = r.fprop.w = {};
   r.dgrad.w.source = r.wgrad.x.source = Source::original;
@@ -193,8 +193,8 @@ struct LayerControl {
 };
 constexpr uint32_t kOutlierLayers = 1 << 20;           // added to the layer's number: B draws other random numbers than A
 
-inline void forward_columns(floatX* Y, const floatX* X, const floatX* W, int T, int K, int N, const Recipe& r, LinearKey key, const LinearScratch& s, LinearSaved* saved, const LayerControl& how,
-                            const int* columns, int n) {
+inline void forward_columns(floatX* Y, const floatX* X, const floatX* W, int T, int K, int N, const Recipe& r, LinearKey key,
+                            const LinearScratch& s, LinearSaved* saved, const LayerControl& how, const int* columns, int n) {
   const OutlierScratch& o = how.scratch;
   gather_columns(o.x, X, columns, T, n, K);
   gather_columns(o.w, W, columns, N, n, K);
@@ -204,7 +204,8 @@ inline void forward_columns(floatX* Y, const floatX* X, const floatX* W, int T, 
   } else linear_forward(Y, o.x, o.w, T, n, N, r, key, s, saved);
 }
 // D [M,N] += A B^T
-inline void add_product(void* D, int M, int N, int K, const floatX* A, int lda, bool a_transposed, const floatX* B, int ldb, bool b_transposed, bool fp32) {
+inline void add_product(void* D, int M, int N, int K, const floatX* A, int lda, bool a_transposed, const floatX* B, int ldb, bool b_transposed,
+                        bool fp32) {
   Gemm g;
   g.M = M; g.N = N; g.K = K;
   g.A = A; g.lda = lda; g.a_transposed = a_transposed;
@@ -213,7 +214,8 @@ inline void add_product(void* D, int M, int N, int K, const floatX* A, int lda, 
   gemm(g);
 }
 // linear_forward() of linear.cuh under control.
-inline void linear_forward(const LayerControl& how, floatX* Y, const floatX* X, const floatX* W, int T, int K, int N, const Recipe& r, LinearKey key, const LinearScratch& s, LinearSaved* saved) {
+inline void linear_forward(const LayerControl& how, floatX* Y, const floatX* X, const floatX* W, int T, int K, int N, const Recipe& r,
+                           LinearKey key, const LinearScratch& s, LinearSaved* saved) {
   const OutlierScratch& o = how.scratch;
   if (how.collect) add_column_norms(how.collect, X, T, K, o.norms);
   if (how.split) {
@@ -241,14 +243,15 @@ inline void mxfp8_weights(floatX* w, int N, int n, const LinearScratch& s) {
   device_copy(w, out.values, (size_t)N * n);            // n is a multiple of 32: no padding
 }
 // --keep values: what the forward pass would have saved, from X and W, which with `columns` are those columns of the layer's.
-inline void save_again(const floatX* X, const floatX* W, int T, int K, int N, const Recipe& r, LinearKey key, const LinearScratch& s, LinearSaved* again, const LayerControl& how,
-                       const int* columns, int all_columns) {
+inline void save_again(const floatX* X, const floatX* W, int T, int K, int N, const Recipe& r, LinearKey key, const LinearScratch& s,
+                       LinearSaved* again, const LayerControl& how, const int* columns, int all_columns) {
   if (!how.toward.average || !is_fp4(r.fprop.w.format)) return linear_save(X, W, T, K, N, r, key, s, again);
   if (columns) gather_columns(how.scratch.average, how.toward.average, columns, N, K, all_columns);
   linear_save_toward(X, W, T, K, N, r, key, s, again, {columns ? how.scratch.average : how.toward.average, how.toward.packed});
 }
-inline void backward_columns(floatX* dX, float* dW, const floatX* dY, const floatX* X, const floatX* W, int T, int K, int N, const Recipe& r, LinearKey key, const LinearScratch& s, const LinearSaved* saved,
-                             const LayerControl& how, const int* columns, int n, bool forward_weights) {
+inline void backward_columns(floatX* dX, float* dW, const floatX* dY, const floatX* X, const floatX* W, int T, int K, int N, const Recipe& r,
+                             LinearKey key, const LinearScratch& s, const LinearSaved* saved, const LayerControl& how, const int* columns, int n,
+                             bool forward_weights) {
   const OutlierScratch& o = how.scratch;
   gather_columns(o.w, W, columns, N, n, K);
   if (forward_weights) mxfp8_weights(o.w, N, n, s);
@@ -269,14 +272,15 @@ inline void backward_columns(floatX* dX, float* dW, const floatX* dY, const floa
   scatter_add_columns(dW, o.dw, columns, N, n, K);
 }
 // linear_backward() of linear.cuh under control.
-inline void linear_backward(const LayerControl& how, floatX* dX, float* dW, const floatX* dY, const floatX* X, const floatX* W, int T, int K, int N, const Recipe& r, LinearKey key, const LinearScratch& s,
-                            const LinearSaved* saved) {
+inline void linear_backward(const LayerControl& how, floatX* dX, float* dW, const floatX* dY, const floatX* X, const floatX* W, int T, int K,
+                            int N, const Recipe& r, LinearKey key, const LinearScratch& s, const LinearSaved* saved) {
   const OutlierScratch& o = how.scratch;
   if (how.split) {
     const int fp8 = how.split->fp8, fp4 = K - fp8;
     backward_columns(dX, dW, dY, X, W, T, K, N, r, key, s, saved, how, how.split->columns, fp4, false);
     key.layer += kOutlierLayers;
-    return backward_columns(dX, dW, dY, X, W, T, K, N, outlier_row(r), key, s, nullptr, how, how.split->columns + fp4, fp8, from_forward_pass(r.dgrad.w));
+    return backward_columns(dX, dW, dY, X, W, T, K, N, outlier_row(r), key, s, nullptr, how, how.split->columns + fp4, fp8,
+                            from_forward_pass(r.dgrad.w));
   }
   LinearSaved again;
   if (saved && saved->again) {

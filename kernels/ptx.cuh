@@ -67,7 +67,8 @@ __device__ inline void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], 
 //   exact      d + sum of everything, rounded once to FP32: what a tensor core computes on ordinary data, where all terms lie on a coarse grid
 //   truncate   what MMA-Sim (arXiv 2511.10909) found in B200 and RTX Blackwell: the groups are exact; they and d are cut off 35 binary digits
 //              below the largest exponent (of a group: the sum of its scales' exponents), added, and cut off to FP32
-__host__ __device__ inline float mma_fp4_element(float d, const int* sum, const float* scale_a, const float* scale_b, int smallest_exponent, bool truncate) {
+__host__ __device__ inline float mma_fp4_element(float d, const int* sum, const float* scale_a, const float* scale_b, int smallest_exponent,
+                                                 bool truncate) {
   double term[5] = {d, 0, 0, 0, 0};
   for (int j = 0; j < 4; j++) term[j + 1] = 0.25 * sum[j] * ((double)scale_a[j] * scale_b[j]);
   if (!truncate) return (float)(term[0] + term[1] + term[2] + term[3] + term[4]);
@@ -80,7 +81,8 @@ __host__ __device__ inline float mma_fp4_element(float d, const int* sum, const 
   return fabs((double)f) > fabs(all) ? bits_float(float_bits(f) - 1) : f;           // toward zero
 }
 template <bool kMx> __host__ __device__ inline float mma_fp4_scale(uint32_t word, int group_of_16) {
-  return kMx ? e8m0_decode((uint8_t)(word >> 8 * (group_of_16 / 2))) : e4m3_decode((uint8_t)(word >> 8 * group_of_16 & 0x7f));   // UE4M3: the sign bit is ignored
+  if (kMx) return e8m0_decode((uint8_t)(word >> 8 * (group_of_16 / 2)));
+  return e4m3_decode((uint8_t)(word >> 8 * group_of_16 & 0x7f));                     // UE4M3: the sign bit is ignored
 }
 // Twice the value of nibble i: an integer.
 __host__ __device__ inline int mma_fp4_code(uint32_t word, int i) {
@@ -145,33 +147,30 @@ template <bool kMx> __device__ __noinline__ float4 mma_fp4_meaning(float4 d, uin
   }
   return make_float4(out[0], out[1], out[2], out[3]);
 }
-template <bool kMx> __device__ inline void mma_fp4_meaning(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, uint32_t sfa, uint32_t sfb, bool truncate) {
-  const float4 r = mma_fp4_meaning<kMx>(make_float4(d[0], d[1], d[2], d[3]), make_uint4(a[0], a[1], a[2], a[3]), make_uint2(b0, b1), sfa, sfb, truncate);
+template <bool kMx> __device__ inline void mma_fp4_meaning(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, uint32_t sfa,
+                                                           uint32_t sfb, bool truncate) {
+  const uint4 codes = make_uint4(a[0], a[1], a[2], a[3]);
+  const float4 r = mma_fp4_meaning<kMx>(make_float4(d[0], d[1], d[2], d[3]), codes, make_uint2(b0, b1), sfa, sfb, truncate);
   d[0] = r.x; d[1] = r.y; d[2] = r.z; d[3] = r.w;
 }
 #endif
 #endif
 
-// NVFP4: E4M3 scales, one for 16. `truncate` chooses the accumulation where the meaning runs; the instruction does what it does.
-__device__ inline void mma_m16n8k64_nvfp4(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, uint32_t sfa, uint32_t sfb, [[maybe_unused]] bool truncate = false) {
+// kMx false, NVFP4: E4M3 scales, one for 16 codes. kMx true, MXFP4: E8M0 scales, one for 32, in the lower two bytes of sfa and sfb.
+// `truncate` chooses the accumulation where the meaning runs; the instruction does what it does.
+template <bool kMx> __device__ inline void mma_m16n8k64_fp4(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, uint32_t sfa,
+                                                            uint32_t sfb, [[maybe_unused]] bool truncate = false) {
 #ifdef MMA_FP4_INSTRUCTION
-  asm volatile("mma.sync.aligned.m16n8k64.row.col.kind::mxf4nvf4.block_scale.scale_vec::4X.f32.e2m1.e2m1.f32.ue4m3 "
-               "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3}, %10, {0, 0}, %11, {0, 0};"
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(sfa), "r"(sfb));
+#define MMA_FP4_ASM(scales, type)                                                                                    \
+  asm volatile("mma.sync.aligned.m16n8k64.row.col.kind::mxf4nvf4.block_scale.scale_vec::" scales ".f32.e2m1.e2m1.f32." type " " \
+               "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3}, %10, {0, 0}, %11, {0, 0};"                     \
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                      \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(sfa), "r"(sfb))
+  if constexpr (kMx) MMA_FP4_ASM("2X", "ue8m0");
+  else MMA_FP4_ASM("4X", "ue4m3");
+#undef MMA_FP4_ASM
 #else
-  mma_fp4_meaning<false>(d, a, b0, b1, sfa, sfb, truncate);
-#endif
-}
-// MXFP4: E8M0 scales, one for 32: the lower two bytes of sfa and sfb.
-__device__ inline void mma_m16n8k64_mxfp4(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, uint32_t sfa, uint32_t sfb, [[maybe_unused]] bool truncate = false) {
-#ifdef MMA_FP4_INSTRUCTION
-  asm volatile("mma.sync.aligned.m16n8k64.row.col.kind::mxf4nvf4.block_scale.scale_vec::2X.f32.e2m1.e2m1.f32.ue8m0 "
-               "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3}, %10, {0, 0}, %11, {0, 0};"
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(sfa), "r"(sfb));
-#else
-  mma_fp4_meaning<true>(d, a, b0, b1, sfa, sfb, truncate);
+  mma_fp4_meaning<kMx>(d, a, b0, b1, sfa, sfb, truncate);
 #endif
 }
 // Does this binary, on this GPU, contain the instruction? (On the CPU and on every GPU outside the sm_120 family: no, its meaning.)
