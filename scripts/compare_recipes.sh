@@ -29,10 +29,12 @@ cd "$(dirname "$0")/.."
 read -ra seeds <<< "${SEEDS:-1}"
 read -ra gpus <<< "${GPUS:-}"
 read -ra extra <<< "${EXTRA:-}"
-read -ra recipes <<< "${RECIPES:-bf16 fp8 nvfp4 nvfp4-46 tetrajet2 quartet2 quartet quartet-v4 fp4-dge fqt tetrajet tetrajet2+osci-reset tetrajet2+outcontrol nvfp4+no-tail}"
+all="bf16 fp8 nvfp4 nvfp4-46 tetrajet2 quartet2 quartet quartet-v4 fp4-dge fqt tetrajet tetrajet2+osci-reset tetrajet2+outcontrol nvfp4+no-tail"
+read -ra recipes <<< "${RECIPES:-$all}"
 steps=${STEPS:-1602} seq=${SEQ:-512} total=${TOTAL_BATCH:-128} batch=${BATCH:-128}
 common=(--model "${MODEL:-llama:30M}" --batch "$batch" --seq "$seq" --total-batch $((total * seq)) --steps "$steps" --lr 1.2e-3
-  --min-lr 0.1 --val-every 0 --val-batches $((${VAL_BATCHES:-20} * total / batch)) --sample-length 0 --save-every "${SAVE_EVERY:-0}" --keep-checkpoints 1 "${extra[@]}")
+  --min-lr 0.1 --val-every 0 --val-batches $((${VAL_BATCHES:-20} * total / batch)) --sample-length 0 --save-every "${SAVE_EVERY:-0}" --keep-checkpoints 1
+  "${extra[@]}")
 [ -x ./train_fp4 ] || make train_fp4
 mkdir -p "$out"
 
@@ -56,12 +58,16 @@ options_of() {                                     # "mine:nvfp4+no-tail" -> one
       tail=*) printf '%s\n' --bf16-last "${word#tail=}" ;;
       --*=*) echo "$word" ;;
       *=*) printf '%s\n' --set "${word#set:}" ;;
-      *) echo "error: $1: '$word' is none of osci-reset, q-ema, q-ramping, outcontrol, occ, no-tail, tail=N, FIELD=VALUE, --OPTION=VALUE" >&2; exit 2 ;;
+      *)
+        echo "error: $1: '$word' is none of osci-reset, q-ema, q-ramping, outcontrol, occ, no-tail, tail=N, FIELD=VALUE, --OPTION=VALUE" >&2
+        exit 2
+        ;;
     esac
   done
 }
 is_finished() {                                    # name, seed
-  [ -f "$out/$1-$2/done" ] || { [ -f "$out/results.csv" ] && awk -F, -v r="$1" -v s="$2" '$1 == r && $2 == s { found = 1 } END { exit !found }' "$out/results.csv"; }
+  [ -f "$out/$1-$2/done" ] && return
+  [ -f "$out/results.csv" ] && awk -F, -v r="$1" -v s="$2" '$1 == r && $2 == s { found = 1 } END { exit !found }' "$out/results.csv"
 }
 for recipe in "${recipes[@]}"; do options_of "$recipe" > /dev/null; done
 

@@ -18,7 +18,8 @@ import re
 import statistics
 import sys
 
-COLUMNS = ["recipe", "seed", "val_loss", "train_loss_last_100", "val_gap", "train_gap", "tok_per_s", "steps", "tokens", "device", "memory_mb", "options"]
+COLUMNS = ["recipe", "seed", "val_loss", "train_loss_last_100", "val_gap", "train_gap",
+           "tok_per_s", "steps", "tokens", "device", "memory_mb", "options"]
 EVERY = 10                                         # steps that one point of a kept curve stands for
 
 
@@ -52,7 +53,7 @@ def read_run(directory):
 
 
 def collect(out):
-    """All runs: {(recipe, seed): row}, {(recipe, seed): curve}. Rows of an earlier results.csv stay; a run's directory, where it is there, goes before."""
+    """All runs: {(recipe, seed): row}, {(recipe, seed): curve}. Rows of an earlier results.csv stay, unless a run's directory is there."""
     rows = {(r["recipe"], r["seed"]): r for r in rows_of(out + "/results.csv")}
     os.makedirs(out + "/curves", exist_ok=True)
     for name in sorted(os.listdir(out)):
@@ -109,19 +110,24 @@ def summary_text(rows, summary):
     speed = statistics.median(float(r["tok_per_s"]) for r in base) if base else 0
     for e in summary:
         gaps, rate = list(e["train"].values()), statistics.median(e["speed"])
-        table.append([e["recipe"], str(len(gaps)), mean_and_error(gaps), f"{min(gaps):+.4f} .. {max(gaps):+.4f}", mean_and_error(e["val"].values()), f"{rate:,.0f}", f"{rate / speed:.2f}" if speed else ""])
+        table.append([e["recipe"], str(len(gaps)), mean_and_error(gaps), f"{min(gaps):+.4f} .. {max(gaps):+.4f}", mean_and_error(e["val"].values()),
+                      f"{rate:,.0f}", f"{rate / speed:.2f}" if speed else ""])
     width = [max(len(row[c]) for row in table) for c in range(len(table[0]))]
     lines = ["| " + " | ".join(cell.ljust(width[c]) if c == 0 else cell.rjust(width[c]) for c, cell in enumerate(row)) + " |" for row in table]
     lines.insert(1, "|" + "|".join("-" * (w + 1) + ("-" if c == 0 else ":") for c, w in enumerate(width)) + "|")
-    text = "\n".join(lines) + "\n\nGaps are paired with bf16 of the same seed; ± is the standard error of the mean over the seeds. Training loss: mean of the last 100 steps.\n"
+    text = "\n".join(lines) + ("\n\nGaps are paired with bf16 of the same seed; ± is the standard error of the mean over the seeds. "
+                               "Training loss: mean of the last 100 steps.\n")
     if base:
         first = base[0]
-        text += f"{int(first['steps']):,} steps, {int(first['tokens']):,} tokens, {first['device']}. bf16: {'; '.join(loss_text(r) for r in base)}; {speed:,.0f} tok/s.\n"
+        text += f"{int(first['steps']):,} steps, {int(first['tokens']):,} tokens, {first['device']}. "
+        text += f"bf16: {'; '.join(loss_text(r) for r in base)}; {speed:,.0f} tok/s.\n"
     if len(base) > 1:
         between = {name: statistics.stdev(float(r[name]) for r in base) for name in ("train_loss_last_100", "val_loss")}
-        text += f"Noise: bf16's own losses have a standard deviation between {len(base)} seeds of {between['train_loss_last_100']:.4f} (training) and {between['val_loss']:.4f} (validation); "
+        text += f"Noise: bf16's own losses have a standard deviation between {len(base)} seeds of {between['train_loss_last_100']:.4f} (training) "
+        text += f"and {between['val_loss']:.4f} (validation); "
         spreads = [statistics.stdev(e["train"].values()) for e in summary if len(e["train"]) > 1]
-        text += f"a recipe's paired training-loss gap has {(sum(s * s for s in spreads) / len(spreads)) ** 0.5:.4f}.\n" if spreads else "paired gaps: one seed only.\n"
+        pooled = (sum(s * s for s in spreads) / len(spreads)) ** 0.5 if spreads else 0
+        text += f"a recipe's paired training-loss gap has {pooled:.4f}.\n" if spreads else "paired gaps: one seed only.\n"
     else:
         text += "Noise between seeds: not known from one seed of bf16.\n"
     return text
@@ -130,9 +136,9 @@ def summary_text(rows, summary):
 # ---------------------------------------------------------------- the picture
 INK, SOFT, GRID = "#1f2430", "#69707d", "#e6e8ec"
 # One hue a row of the table, which all its variants share; a variant has another dash.
-HUES = {"fp8": "#8c8c8c", "nvfp4": "#2f6db3", "nvfp4-46": "#3fb0c9", "tetrajet2": "#d1495b", "quartet2": "#2e8b57", "quartet": "#e08a1e", "quartet-v4": "#b8a200",
-        "fp4-dge": "#7a4fb5", "fqt": "#c2569b", "tetrajet": "#8a5a3c"}
-MORE = ["#0b7a75", "#a23b00", "#4b5fd1", "#5c7f00", "#b0006d"]
+HUES = {"fp8": "#8c8c8c", "nvfp4": "#2f6db3", "nvfp4-46": "#3fb0c9", "tetrajet2": "#d1495b", "quartet2": "#2e8b57", "quartet": "#e08a1e",
+        "quartet-v4": "#b8a200", "fp4-dge": "#7a4fb5", "fqt": "#c2569b", "tetrajet": "#8a5a3c"}
+MORE = ["#0b7a75", "#a23b00", "#4b5fd1", "#5c7f00", "#b0006d", "#00718f", "#6b4c9a", "#946c00"]
 DASHES = ["", "7 3", "2 3", "9 3 2 3", "4 4"]
 
 
@@ -189,7 +195,8 @@ class Svg:
 
     def path(self, points, colour, dash, clip):
         d = "M" + " L".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        self.parts.append(f'<path d="{d}" fill="none" stroke="{colour}" stroke-width="1.9" stroke-linejoin="round" clip-path="url(#{clip})"{dash_of(dash)}/>')
+        look = f'fill="none" stroke="{colour}" stroke-width="1.9" stroke-linejoin="round"{dash_of(dash)}'
+        self.parts.append(f'<path d="{d}" {look} clip-path="url(#{clip})"/>')
 
     def dot(self, x, y, radius, colour, hollow=False):
         fill = f'fill="#fff" stroke="{colour}" stroke-width="1.4"' if hollow else f'fill="{colour}" stroke="#fff" stroke-width="0.8"'
@@ -199,12 +206,14 @@ class Svg:
         self.parts.append(f'<rect x="{x:.1f}" y="{y:.1f}" width="{w:.1f}" height="{h:.1f}" fill="{colour}" fill-opacity="{opacity}"/>')
 
     def text(self, x, y, words, size=12, colour=INK, anchor="start", weight="normal"):
-        self.parts.append(f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" fill="{colour}" text-anchor="{anchor}" font-weight="{weight}">{html.escape(words)}</text>')
+        look = f'font-size="{size}" fill="{colour}" text-anchor="{anchor}" font-weight="{weight}"'
+        self.parts.append(f'<text x="{x:.1f}" y="{y:.1f}" {look}>{html.escape(words)}</text>')
 
     def save(self, path):
         w, h = self.size
         with open(path, "w") as f:
-            f.write(f'<svg xmlns="http://www.w3.org/2000/svg" width="{w}" height="{h}" viewBox="0 0 {w} {h}" font-family="Helvetica, Arial, DejaVu Sans, sans-serif">\n'
+            f.write(f'<svg xmlns="http://www.w3.org/2000/svg" width="{w}" height="{h}" viewBox="0 0 {w} {h}" '
+                    'font-family="Helvetica, Arial, DejaVu Sans, sans-serif">\n'
                     f'<rect width="{w}" height="{h}" fill="#fff"/>\n' + "\n".join(self.parts) + "\n</svg>\n")
 
 
@@ -292,7 +301,8 @@ def draw(path, rows, curves, summary):
     first = next(iter(rows.values()))
     svg.text(26, 36, "Gap to bf16: the same weights, the same batches, another recipe", 19, INK, weight="600")
     seeds = sorted({s for _, s in rows}, key=int)
-    svg.text(26, 57, f"{int(first['steps']):,} steps, {int(first['tokens']):,} tokens, {'seeds' if len(seeds) > 1 else 'seed'} {', '.join(seeds)}; {first['device']}", 12.5, SOFT)
+    runs = f"{int(first['steps']):,} steps, {int(first['tokens']):,} tokens, {'seeds' if len(seeds) > 1 else 'seed'} {', '.join(seeds)}"
+    svg.text(26, 57, f"{runs}; {first['device']}", 12.5, SOFT)
     draw_curves(svg, (left, top, left + plot, top + height), summary, curves, style)
     draw_ends(svg, (second, top, second + 410, top + height), summary, style)
     svg.save(path)
