@@ -405,7 +405,7 @@ struct Model {
   std::vector<int> host_tokens;
   floatX *embedded, *final, *temp;     // (T,C) each
   floatX *passing;                     // (T,C or F): ln1, ln2 and act of the blocks whose backward pass does not read them
-  float *final_mean, *final_rstd, *losses, *rope, *delta, *reduce, *norm;
+  float *final_mean, *final_rstd, *losses, *rope, *reduce, *norm;
   floatX *logits;                      // (logit_rows, V)
   int logit_rows = 0;
   floatX *dresidual, *dnorm, *datt, *dqkv, *dact, *dfc, *dfinal;
@@ -555,11 +555,12 @@ void allocate_model(Model& m, bool print) {
   if (linear_needs_rotated(m.recipe)) a.want(&m.scratch.rotated, quantized, "an operand before rounding, FP32");
   a.want(&m.scratch.tiles, tiles, small); a.want(&m.scratch.scalars, kLinearScalars, small);
   if (m.training) {
-    a.want(&m.order, T, small); a.want(&m.segment_start, T + 1, small); a.want(&m.segment_token, T, small); a.want(&m.delta, T * c.heads, small);
+    a.want(&m.order, T, small); a.want(&m.segment_start, T + 1, small); a.want(&m.segment_token, T, small);
     const size_t reduce = max(max(norm_backward_scratch((int)T, c.channels), grad_norm_scratch()), max(bias_backward_scratch((int)T, m.qkv_width()), bias_backward_scratch((int)T, m.fc_width())));
     a.want(&m.reduce, reduce, small);
     a.want(&m.dresidual, T * C, work); a.want(&m.dnorm, T * C, work); a.want(&m.dfinal, T * C, work); a.want(&m.datt, T * m.att_width(), work); a.want(&m.dqkv, T * m.qkv_width(), work);
-    a.want(&m.dact, T * F, work); a.want(&m.dfc, T * m.fc_width(), work);
+    const size_t attention = attention_backward_scratch(m.B, m.S, c.heads, c.head_dim) * sizeof(float) / sizeof(floatX);
+    a.want(&m.dact, T * F, work); a.want(&m.dfc, max(T * m.fc_width(), attention), work);       // attention's backward pass comes when dfc is used up
   }
   if (print) a.print_table();
   const char* full = sizeof(floatX) == 2 ? "BF16" : "FP32";
@@ -758,7 +759,7 @@ void backward(Model& m, int B, int S, uint32_t micro_step) {
     norm_backward(m, m.dresidual, w.ln2, w.ln2_bias, m.dnorm, a.mid, a.ln2_mean, a.ln2_rstd, T);                          // adds to (T,C)
     if (!c.llama) bias_backward(w.out_bias.grad, m.dresidual, m.reduce, T, C);
     linear_backward(control(1), m.datt, w.out.grad, m.dresidual, a.att, w.out.work, T, H * D, C, r, key(1), m.scratch, &a.saved[1]);                // -> (T,HD)
-    attention_backward(m.dqkv, m.datt, a.qkv, a.att, a.lse, m.delta, B, S, H, G, D);                                      // -> (T,(H+2G)D)
+    attention_backward(m.dqkv, m.datt, a.qkv, a.att, a.lse, (float*)m.dfc, B, S, H, G, D);                                // -> (T,(H+2G)D)
     if (c.llama) rope_backward(m.dqkv, m.rope, B, S, H, G, D);
     if (!c.llama) bias_backward(w.qkv_bias.grad, m.dqkv, m.reduce, T, m.qkv_width());
     linear_backward(control(0), m.dnorm, w.qkv.grad, m.dqkv, a.ln1, w.qkv.work, T, C, m.qkv_width(), r, key(0), m.scratch, &a.saved[0]);            // -> (T,C)

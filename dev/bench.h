@@ -137,12 +137,12 @@ inline void bench() {
   for (int D : {64, 128}) {
     const int h = C / D, kv = h, width = (h + 2 * kv) * D;
     floatX *qkv = bench_random<floatX>((size_t)T * width), *out = device_alloc<floatX>((size_t)T * h * D), *dout = bench_random<floatX>((size_t)T * h * D), *dqkv = device_alloc<floatX>((size_t)T * width);
-    float *lse = device_alloc<float>((size_t)T * h), *delta = device_alloc<float>((size_t)T * h);
+    float *lse = device_alloc<float>((size_t)T * h), *scratch = device_alloc<float>(attention_backward_scratch(B, S, h, D));
     const double flops = 2.0 * B * h * (double)S * S * D;
     const double f = bench_seconds([&] { attention_forward(out, lse, qkv, B, S, h, kv, D); });
-    const double b = bench_seconds([&] { attention_backward(dqkv, dout, qkv, out, lse, delta, B, S, h, kv, D); });
+    const double b = bench_seconds([&] { attention_backward(dqkv, dout, qkv, out, lse, scratch, B, S, h, kv, D); });
     printf("  B %d S %d H %d D %3d: forward %8.2f ms %7.1f, backward %8.2f ms %7.1f %s\n", B, S, h, D, f * 1e3, flops / f / (kOnCpu ? 1e9 : 1e12), b * 1e3, 2.5 * flops / b / (kOnCpu ? 1e9 : 1e12), kOnCpu ? "GFLOP/s" : "TFLOP/s");
     fflush(stdout);
-    device_free(qkv); device_free(out); device_free(dout); device_free(dqkv); device_free(lse); device_free(delta);
+    device_free(qkv); device_free(out); device_free(dout); device_free(dqkv); device_free(lse); device_free(scratch);
   }
 }

@@ -660,7 +660,8 @@ template <int kLanes> void test_grad_norm() {
 template <class Value> struct AttentionVersion {
   const char* name;
   void (*forward)(Value* out, float* lse, const Value* qkv, int B, int T, int H, int KV, int D);
-  void (*backward)(Value* dqkv, const Value* dout, const Value* qkv, const Value* out, const float* lse, float* delta, int B, int T, int H, int KV, int D);
+  void (*backward)(Value* dqkv, const Value* dout, const Value* qkv, const Value* out, const float* lse, float* scratch, int B, int T, int H, int KV, int D);
+  size_t (*scratch)(int B, int T, int H, int D);           // floats
 };
 struct AttentionShape { int B, T, H, KV, D; };
 
@@ -674,7 +675,7 @@ template <class Value> void test_attention_case(const AttentionVersion<Value>& v
   for (size_t i = 0; i < data.size(); i++) if (i % width < (size_t)(H + KV) * D) data[i] *= scale;
   RandomInput<Value> qkv(data), dout(random_array(tokens * H * D, rng));
   TestArray<Value> out(tokens * H * D), dqkv(qkv.n), dqkv_again(qkv.n);
-  TestArray<float> lse((size_t)B * H * T), delta((size_t)B * H * T);
+  TestArray<float> lse((size_t)B * H * T), scratch(version.scratch(B, T, H, D));
   std::string at = shape({B, T, H, KV, D});
   version.forward(out.p, lse.p, qkv.p, B, T, H, KV, D);
   reference::Attention ref = reference::attention(qkv.values, B, T, H, KV, D);
@@ -683,7 +684,7 @@ template <class Value> void test_attention_case(const AttentionVersion<Value>& v
   double score = largest(ref.lse), inside = round / 2 + 4 * kUlp * (1 + score);
   forward.compare(out, ref.out, round, inside * largest(ref.out), at);
   forward.compare(lse, ref.lse, 8 * kUlp, 8 * kUlp * (1 + score), at + " lse");
-  for (TestArray<Value>* d : {&dqkv, &dqkv_again}) version.backward(d->p, dout.p, qkv.p, out.p, lse.p, delta.p, B, T, H, KV, D);
+  for (TestArray<Value>* d : {&dqkv, &dqkv_again}) version.backward(d->p, dout.p, qkv.p, out.p, lse.p, scratch.p, B, T, H, KV, D);
   deterministic = deterministic && same_bits(dqkv, dqkv_again);
   // P and dS are rounded, and delta is made of an output that was: dP - delta then carries an error of size round * |delta|, which counts
   // where the softmax is sharp, since there dP - delta itself is small.
@@ -691,12 +692,12 @@ template <class Value> void test_attention_case(const AttentionVersion<Value>& v
   double sharp = scale > 1 ? 3 : 1;
   backward.compare(dqkv, gradient, round, sharp * 4 * inside * largest(gradient), at);
   backward.add(rel_error(widen(dqkv.host()), gradient) / (sharp * 1.5 * inside), at + " relative L2");
-  backward.guards = backward.guards && lse.guard_intact() && delta.guard_intact() && out.guard_intact() && dqkv_again.guard_intact();
+  backward.guards = backward.guards && lse.guard_intact() && scratch.guard_intact() && out.guard_intact() && dqkv_again.guard_intact();
 }
 
 template <class Value> void test_attention(const AttentionVersion<Value>& version) {
   const AttentionShape shapes[] = {{1, 1, 1, 1, 8}, {2, 5, 2, 1, 8}, {1, 33, 4, 2, 16}, {2, 65, 3, 3, 32}, {1, 130, 2, 1, 64}, {1, 70, 2, 2, 128}, {1, 50, 6, 2, 40},
-                                   {1, 17, 2, 2, 10}, {2, 64, 8, 1, 24}, {1, 20, 1, 1, 126}, {1, 300, 1, 1, 64}};
+                                   {1, 17, 2, 2, 10}, {2, 64, 8, 1, 24}, {1, 20, 1, 1, 126}, {1, 300, 1, 1, 64}, {1, 290, 2, 1, 128}};
   Worst forward, backward, sharp_forward, sharp_backward;
   bool deterministic = true;
   Rng rng(220);
@@ -709,11 +710,42 @@ template <class Value> void test_attention(const AttentionVersion<Value>& versio
   sharp_backward.report("attention backward with scores in the hundreds" + name);
   check("attention gradients: the same bits twice" + name, deterministic, "all sizes");
 }
+// The tensor core version as it is where a block may use kShared bytes of shared memory.
+template <size_t kShared> AttentionVersion<bf16> tensor_core_version(const char* name) {
+  return {name, [](bf16* out, float* lse, const bf16* qkv, int B, int T, int H, int KV, int D) { attention_forward_mma(out, lse, qkv, B, T, H, KV, D, kShared); },
+          [](bf16* dqkv, const bf16* dout, const bf16* qkv, const bf16* out, const float* lse, float* scratch, int B, int T, int H, int KV, int D) {
+            attention_backward_mma(dqkv, dout, qkv, out, lse, scratch, B, T, H, KV, D, kShared); },
+          [](int B, int T, int H, int D) { return attention_backward_mma_scratch(B, T, H, D, kShared); }};
+}
+// Blocks add to dQ one after the other. The second block of two, alone on the machine, must wait for the first for ever, and must not wait
+// where the counters say that the first has been there.
+inline void test_attention_order() {
+  using C = BackwardTiles<64, 4, 2, 32>;
+  const int T = C::kN + 2, D = 8;
+  const size_t floats = attention_backward_mma_scratch(1, T, 1, D);
+  TestArray<bf16> qkv(3 * T * D), dqkv(3 * T * D), dout(T * D);
+  TestArray<float> lse(T), scratch(floats);
+  auto second_block = [&](int adders_before) {
+    return in_child([&] {
+      alarm(1);
+      const BackwardScratch s = backward_scratch<C>(scratch.p, 1, T, 1);
+      std::fill(s.done, s.done + s.counters, adders_before);
+      *s.ticket = 1;
+      launch(attention_backward_mma_kernel<C>, 1, C::kThreads, C::kShared, dqkv.p, dout.p, qkv.p, lse.p, s, T, 1, 1, D);
+    });
+  };
+  const ChildResult waits = second_block(0), goes_on = second_block(1);
+  check("attention backward: a block adds to dQ when the block before has, not earlier", waits.signal == SIGALRM && goes_on.exit_code == 0,
+        "before: signal %d, after: exit code %d", waits.signal, goes_on.exit_code);
+}
 inline void test_attentions() {
-  test_attention<floatX>({"what the model calls", attention_forward, attention_backward});
-  test_attention<bf16>({"tensor core version", attention_forward_mma, attention_backward_mma});
-  test_attention<float>({"simple FP32, a thread a row", attention_forward_simple<float, 1, 64>, attention_backward_simple<float, 1, 64>});
-  test_attention<bf16>({"simple BF16, a thread a row", attention_forward_simple<bf16, 1, 64>, attention_backward_simple<bf16, 1, 64>});
+  auto rows = [](int B, int T, int H, int) { return (size_t)B * T * H; };
+  test_attention<floatX>({"what the model calls", attention_forward, attention_backward, attention_backward_scratch});
+  if (shared_memory_limit() >= 160 << 10) test_attention<bf16>(tensor_core_version<(160 << 10)>("tensor core version"));
+  test_attention<bf16>(tensor_core_version<(98 << 10)>("tensor core version for 99 KB of shared memory"));
+  test_attention<float>({"simple FP32, a thread a row", attention_forward_simple<float, 1, 64>, attention_backward_simple<float, 1, 64>, rows});
+  test_attention<bf16>({"simple BF16, a thread a row", attention_forward_simple<bf16, 1, 64>, attention_backward_simple<bf16, 1, 64>, rows});
+  if (kOnCpu) test_attention_order();
 }
 
 // ------------------------------------------------------------------------------------------------------------------------------

@@ -12,18 +12,30 @@
 // Source    FlashAttention-2 (Dao 2023, arXiv 2307.08691), algorithms 1 and 2: walk over tiles of keys; keep the running maximum m
 //           and sum l of each query; when m grows, what was summed so far is scaled by exp(m_old - m_new).
 //
-// Cost      One product over the causal half is T^2 D flops (2 T^2 D / 2) for each b and h. Forward: 2 products. Backward: 7, though
-//           the formulas above need only 5 (S, dP, dV, dK, dQ). dK and dV sum over queries, dQ over keys: one kernel that did all
-//           would have to add into dQ from many blocks at once, with float atomics, in an order that changes from run to run. We
-//           promise the same bits for the same seed, so there are two kernels, and S and dP are computed twice.
-//           Bytes, each matrix once: forward (2 H + 2 KV) D elements a token, backward (5 H + 6 KV) D (the second kernel reads Q, K,
-//           V and dO again, mostly from L2): T / 4 flops a byte forward without GQA, so the flops dominate from T of about 600 on (H100).
-// Error     against double, normal inputs, rms(error) / rms(result): float 3e-7 forward, 6e-7 backward; bf16 2e-3 and 4e-3. The mma
+// Cost      One product over the causal half is T^2 D flops (2 T^2 D / 2) for each b and h. Forward: 2 products, backward: 5 (S, dP, dV, dK,
+//           dQ); the simple version walks over queries for dK and dV and over keys for dQ, and computes S and dP twice: 7.
+//           Bytes, each matrix once: forward (2 H + 2 KV) D elements a token, backward (5 H + 6 KV) D: T / 4 flops a byte forward without
+//           GQA, so the flops dominate from T of about 600 on (H100). Backward also adds up dQ in float, H D floats of scratch a token,
+//           read and written T / 256 times on average, mostly in L2.
+// Same bits The sum of dQ has a fixed order, and no sum is a float atomic: the same inputs give the same bits.
+// Error     against double, normal inputs, rms(error) / rms(result): float 3e-7 forward, 6e-7 backward; bf16 2e-3 and 2.5e-3. The mma
 //           version rounds P and dS to bf16 before they are multiplied, as every tensor core implementation does; sums are float.
 //           delta comes from the rounded O: with keys of size 500 to 1000 dQ in bf16 was off by 3e-2 to 8e-2 (float: 4e-5).
 //
-// Two versions. `simple` is the algorithm and nothing else; it works for float and bf16 and is what trains on a CPU. `mma` is for
-// bf16 on tensor cores (sm_80 on). attention_forward and attention_backward at the end choose.
+// Two versions. `simple` is the algorithm and nothing else; it works for float and bf16 and is what trains on a CPU, and on a GPU where
+// activations are FP32. `mma` is for bf16 on tensor cores (sm_80 on). attention_forward and attention_backward at the end choose.
+//
+// Measured on H100 (dev/attention_bench.cu), TFLOP/s of 2 T^2 D flops a head forward, 5 T^2 D backward:
+//                                                            B 32 T 1024  B 16 T 2048  B 32 T 1024  B 32 T 1024
+//   heads                                                       12 x 64     16 x 128      6 x 128   12 x 64, KV 4
+//   forward   16 queries a warp (D 128), rescaled every tile        180          201          167          180
+//             32 queries a warp, 64 keys a tile                     217          315          248          218
+//             ... rescaled only when a maximum grew                 228                                    227     <- this
+//             ... 32 keys a tile (D 128: less shared memory)        198          278          221          197
+//   backward  two kernels, dQ and dK dV: 7 products                 138          164          141          137
+//             one kernel, 16 keys a warp, 8 warps                   136          187          150          135     <- this, D 128
+//             ... 4 warps, 32 queries a tile                        135          172          141          129
+//             32 keys a warp, 4 warps, 32 queries a tile            153            -            -          139     <- this, D 64
 #pragma once
 #include <type_traits>
 #include "cuda.cuh"    // defines: launch, bf16, floatX, DYNAMIC_SHARED, lanes_sum, Vec
@@ -41,23 +53,26 @@ template <class Value> __device__ inline HeadRows<Value> head_rows(Value* qkv, i
   return {first + h * D, first + (H + kv) * D, first + (H + KV + kv) * D, ld};
 }
 
-// delta[i] = sum_d dO[i][d] O[i][d], needed by both backward versions. kLanes lanes a row.
-template <class Value, int kLanes>
-__global__ void attention_delta_kernel(float* delta, const Value* dout, const Value* out, int T, int H, int D, int rows) {
-  const int row = (int)((blockIdx.x * (size_t)blockDim.x + threadIdx.x) / kLanes), lane = threadIdx.x % kLanes;   // row: (b, t, h)
-  if (row >= rows) return;
+// delta[i] = sum_d dO[i][d] O[i][d]; and sets n counters to 0 for the kernel that follows. kLanes lanes a row, kWidth elements at once.
+template <class Value, int kLanes, int kWidth>
+__global__ void attention_delta_kernel(float* delta, const Value* dout, const Value* out, int T, int H, int D, int* counters, size_t n) {
+  const int h = blockIdx.x, t = (blockIdx.y * blockDim.x + threadIdx.x) / kLanes, b = blockIdx.z, lane = threadIdx.x % kLanes;
+  const size_t row = (((size_t)b * T + t) * H + h) * D;
   float sum[2] = {0, 0};
-  for (int d = 2 * lane; d < D; d += 2 * kLanes) {
-    const Vec<Value, 2> x = load_vec<2>(dout + (size_t)row * D + d), y = load_vec<2>(out + (size_t)row * D + d);
-    for (int i = 0; i < 2; i++) sum[i] += to_float(x.v[i]) * to_float(y.v[i]);
+  for (int d = kWidth * lane; t < T && d < D; d += kWidth * kLanes) {
+    const Vec<Value, kWidth> x = load_vec<kWidth>(dout + row + d), y = load_vec<kWidth>(out + row + d);
+    for (int i = 0; i < kWidth; i++) sum[i % 2] += to_float(x.v[i]) * to_float(y.v[i]);
   }
   const float total = lanes_sum<kLanes>(sum[0] + sum[1]);
-  const int h = row % H, t = row / H % T, b = row / H / T;
-  if (lane == 0) delta[((size_t)b * H + h) * T + t] = total;
+  if (lane == 0 && t < T) delta[((size_t)b * H + h) * T + t] = total;
+  const size_t block = ((size_t)b * gridDim.y + blockIdx.y) * gridDim.x + h, step = (size_t)gridDim.x * gridDim.y * gridDim.z * blockDim.x;
+  for (size_t i = block * blockDim.x + threadIdx.x; i < n; i += step) counters[i] = 0;
 }
-template <class Value, int kLanes = kRowLanes> void attention_delta(float* delta, const Value* dout, const Value* out, int B, int T, int H, int D) {
-  const int rows = B * T * H, threads = 128;
-  launch(attention_delta_kernel<Value, kLanes>, ceil_div(rows, threads / kLanes), threads, 0, delta, dout, out, T, H, D, rows);
+template <class Value, int kLanes = kOnCpu ? 1 : 8>
+void attention_delta(float* delta, const Value* dout, const Value* out, int B, int T, int H, int D, int* counters = nullptr, size_t n = 0) {
+  const int threads = 256;
+  const auto kernel = D % 8 == 0 ? attention_delta_kernel<Value, kLanes, 8> : attention_delta_kernel<Value, kLanes, 2>;
+  launch(kernel, dim3(H, ceil_div(T, threads / kLanes), B), threads, 0, delta, dout, out, T, H, D, counters, n);
 }
 
 // ================================================================== simple version
@@ -307,27 +322,32 @@ void attention_backward_simple(Value* dqkv, const Value* dout, const Value* qkv,
 }
 
 // ================================================================== tensor core version
-// A block is 4 warps. A warp owns 16 rows (queries; in dK and dV: keys; 32 queries in the forward of heads up to 64) and holds them as
-// A fragments in registers, its results as C fragments. The other side comes in tiles of 64 rows through shared memory, two stages:
-// cp.async fills one while the warps read the other with ldmatrix. Inside a tile the warp goes by chunks of 16 rows, one mma deep:
-// the 16 x 16 probabilities of a chunk are rounded in place into the A fragment of the next product and never leave the registers.
-// In dK and dV the roles are exchanged from the start (S^T = K Q^T), so that P^T and dS^T are at hand without a transposition.
-// Tiles are kD columns wide, D rounded up to 32, 64, 96 or 128, zeros behind D. A row of a tile has 8 elements more than that: an odd
-// number of 16-byte units, so the 8 rows that ldmatrix reads at once lie in different banks.
-// Shared memory: 4 tiles = 8 (kD + 8) 64 bytes: 20, 36, 52, 68 KB (+ 1 KB in dK and dV). The block's own rows pass through the
-// second stage before it is needed.
-constexpr int kMmaThreads = 128, kMmaTile = 64;
+// Both sides of a product pass through shared memory: the tile of the other side in two stages, cp.async fills one while the warps read
+// the other. A warp owns 16 kM rows. A fragment that one ldmatrix fetches serves two mma for each 16 rows, so kM = 2 halves what is read
+// from shared memory, which is the limit; registers allow it where the results of a row take no more than 128 of them.
+// Scores, probabilities and dS stay in registers; a result of one product is rounded in place into an operand of the next.
+// Tiles are kD = 64 or 128 columns wide, zeros behind D: a head size between is computed as the next of them. A row of a tile has 8
+// elements more: an odd number of 16-byte units, so the 8 rows that ldmatrix reads at once lie in different banks.
 template <int kD> constexpr int kMmaStride = kD + 8;                                 // elements from row to row of a tile
-template <int kD> constexpr int kMmaTileSize = kMmaTile * kMmaStride<kD>;            // elements of a tile
-template <int kD> constexpr size_t kMmaShared = 4 * kMmaTileSize<kD> * sizeof(bf16);
 
-// Starts the copy of kRows rows of `from`, row0 on, into a tile; zeros past row T and column D.
-template <int kD, int kRows> __device__ inline void copy_tile(bf16* tile, const bf16* from, size_t ld, int row0, int T, int D) {
+// Starts the copy of kRows rows of `from`, row0 on, into a tile; zeros past row T and column D. Almost every tile lies inside: then a
+// thread keeps its column, and a piece costs the copy and one 64-bit addition.
+template <int kD, int kRows, int kThreads> __device__ inline void start_tile(bf16* tile, const bf16* from, size_t ld, int row0, int T, int D) {
+  constexpr int kPieces = kD / 8, kStep = kThreads / kPieces;
+  static_assert(kThreads % kPieces == 0 && kRows % kStep == 0, "every thread copies the same number of pieces");
+  if (D == kD && row0 + kRows <= T) {
+    const int r = threadIdx.x / kPieces, d = threadIdx.x % kPieces * 8;
+    const bf16* p = from + (row0 + r) * ld + d;
+    bf16* to = tile + r * kMmaStride<kD> + d;
+#pragma unroll
+    for (int i = 0; i < kRows / kStep; i++, p += kStep * ld) cp_async<16>(to + i * kStep * kMmaStride<kD>, p, true);
+    return;
+  }
   auto copy = [&](auto bytes) {
-    constexpr int kBytes = decltype(bytes)::value, kElements = kBytes / 2, kPieces = kD / kElements;
-#pragma unroll 1      // unrolled, the addresses cost 8 to 74 registers and the forward of D = 64 spills (nvcc 13.0, sm_90)
-    for (int i = threadIdx.x; i < kRows * kPieces; i += kMmaThreads) {
-      const int r = i / kPieces, d = i % kPieces * kElements;
+    constexpr int kBytes = decltype(bytes)::value, kElements = kBytes / 2, kInRow = kD / kElements;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < kRows * kInRow; i += kThreads) {
+      const int r = i / kInRow, d = i % kInRow * kElements;
       const bool inside = row0 + r < T && d < D;
       cp_async<kBytes>(tile + r * kMmaStride<kD> + d, inside ? from + (row0 + r) * ld + d : from, inside);
     }
@@ -343,33 +363,42 @@ template <int kD> __device__ inline int b_offset() {
   const int lane = threadIdx.x % 32;
   return (lane / 16 * 8 + lane % 8) * kMmaStride<kD> + lane / 8 % 2 * 8;
 }
-
-// 16 rows of a tile as A fragments
-template <int kD> __device__ inline void load_fragments(uint32_t (&a)[kD / 16][4], const bf16* rows) {
+// The A fragments of columns 16 k on of 16 kM rows of a tile
+template <int kD, int kM> __device__ inline void load_fragments(uint32_t (&a)[kM][4], const bf16* rows, int k) {
 #pragma unroll
-  for (int k = 0; k < kD / 16; k++) ldmatrix_x4(a[k], rows + a_offset<kD>() + 16 * k);
+  for (int m = 0; m < kM; m++) ldmatrix_x4(a[m], rows + m * 16 * kMmaStride<kD> + a_offset<kD>() + 16 * k);
 }
-// c[16 x 16] = A[16 x kD] times the transpose of 16 rows of a tile, for each of kM blocks of 16 rows of A
-template <int kD, int kM> __device__ inline void multiply_transposed(float (&c)[kM][2][4], const uint32_t (&a)[kM][kD / 16][4], const bf16* rows) {
+
+// c[kM][16 x 8 kN8] = A times the transpose of 8 kN8 rows of a tile. fragments(k, a): the kM fragments of columns 16 k on of A.
+template <int kD, int kM, int kN8, class Get>
+__device__ inline void product_transposed(float (&c)[kM][kN8][4], Get fragments, const bf16* rows) {
 #pragma unroll
   for (int m = 0; m < kM; m++)
 #pragma unroll
-    for (int i = 0; i < 8; i++) c[m][i / 4][i % 4] = 0;
+    for (int n = 0; n < kN8; n++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) c[m][n][i] = 0;
 #pragma unroll
   for (int k = 0; k < kD / 16; k++) {
-    uint32_t b[4];
-    ldmatrix_x4(b, rows + b_offset<kD>() + 16 * k);
+    uint32_t a[kM][4];
+    fragments(k, a);
 #pragma unroll
-    for (int m = 0; m < kM; m++) {
-      mma_m16n8k16_bf16(c[m][0], a[m][k], b[0], b[1]);
-      mma_m16n8k16_bf16(c[m][1], a[m][k], b[2], b[3]);
+    for (int n = 0; n < kN8 / 2; n++) {
+      uint32_t b[4];
+      ldmatrix_x4(b, rows + 16 * n * kMmaStride<kD> + b_offset<kD>() + 16 * k);
+#pragma unroll
+      for (int m = 0; m < kM; m++) {
+        mma_m16n8k16_bf16(c[m][2 * n], a[m], b[0], b[1]);
+        mma_m16n8k16_bf16(c[m][2 * n + 1], a[m], b[2], b[3]);
+      }
     }
   }
 }
-// c[16 x kD] += A[16 x 16] times 16 rows of a tile
-template <int kD, int kM> __device__ inline void multiply_rows(float (&c)[kM][kD / 8][4], const uint32_t (&a)[kM][4], const bf16* rows) {
+// c[kM][16 x kColumns] += A[16 x 16] times 16 rows of a tile
+template <int kD, int kColumns, int kM>
+__device__ inline void product_rows(float (&c)[kM][kColumns / 8][4], const uint32_t (&a)[kM][4], const bf16* rows) {
 #pragma unroll
-  for (int n = 0; n < kD / 16; n++) {
+  for (int n = 0; n < kColumns / 16; n++) {
     uint32_t b[4];
     ldmatrix_x4_trans(b, rows + a_offset<kD>() + 16 * n);
 #pragma unroll
@@ -380,107 +409,151 @@ template <int kD, int kM> __device__ inline void multiply_rows(float (&c)[kM][kD
   }
 }
 // A 16 x 16 result, rounded, as the A fragment of the next product
-__device__ inline void pack_fragment(uint32_t (&a)[4], const float (&c)[2][4]) {
-  a[0] = pack_bf16(c[0][0], c[0][1]);
-  a[1] = pack_bf16(c[0][2], c[0][3]);
-  a[2] = pack_bf16(c[1][0], c[1][1]);
-  a[3] = pack_bf16(c[1][2], c[1][3]);
+__device__ inline void pack_fragment(uint32_t (&a)[4], const float (&left)[4], const float (&right)[4]) {
+  a[0] = pack_bf16(left[0], left[1]);
+  a[1] = pack_bf16(left[2], left[3]);
+  a[2] = pack_bf16(right[0], right[1]);
+  a[3] = pack_bf16(right[2], right[3]);
 }
-// Writes 16 rows from row0 on of a result, row g times factor[0], row g + 8 times factor[1]
-template <int kD>
-__device__ inline void store_fragments(bf16* to, size_t ld, const float (&c)[kD / 8][4], const float (&factor)[2], int row0, int T, int D) {
+// Writes 16 rows from row0 on and kColumns columns from column0 on: row g times factor0, row g + 8 times factor1
+template <int kColumns>
+__device__ inline void store_block(bf16* to, size_t ld, const float (&c)[kColumns / 8][4], float factor0, float factor1, int row0, int column0,
+                                   int T, int D) {
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     const int row = row0 + threadIdx.x % 32 / 4 + 8 * half;
+    const float factor = half ? factor1 : factor0;
     if (row >= T) continue;
 #pragma unroll
-    for (int n = 0; n < kD / 8; n++) {
-      const int d = 8 * n + threadIdx.x % 4 * 2;
-      if (d < D) store_vec(to + row * ld + d, Vec<bf16, 2>{{to_bf16(c[n][2 * half] * factor[half]), to_bf16(c[n][2 * half + 1] * factor[half])}});
+    for (int n = 0; n < kColumns / 8; n++) {
+      const int d = column0 + 8 * n + threadIdx.x % 4 * 2;
+      if (d < D) store_vec(to + row * ld + d, Vec<bf16, 2>{{to_bf16(c[n][2 * half] * factor), to_bf16(c[n][2 * half + 1] * factor)}});
     }
   }
 }
+// What a block may use of shared memory: 227 KB on H100 and B200, 163 KB on A100, 99 KB on GeForce.
+inline size_t shared_memory_limit() {
+#ifdef CPU_BUILD
+  return 227 * 1024;
+#else
+  static size_t n = [] { int v = 0; CUDA_CHECK(cudaDeviceGetAttribute(&v, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0)); return (size_t)v; }();
+  return n - 1024;                                                              // what a kernel declares itself
+#endif
+}
 
-// kM: blocks of 16 queries a warp owns. The block owns 64 kM queries.
-template <int kD, int kM>
-__global__ void __launch_bounds__(kMmaThreads, kM == 1 ? 3 : 2)      // blocks a multiprocessor that the registers must allow
-attention_forward_mma_kernel(bf16* out, float* lse, const bf16* qkv, int T, int H, int KV, int D) {
+// ------------------------------------------------------------------ forward
+// A block is 4 warps of 32 queries and walks over tiles of kN keys.
+template <int kD_, int kN_> struct ForwardTiles {
+  static constexpr int kD = kD_, kN = kN_, kM = 2, kThreads = 128, kRows = 128, kTile = kN * kMmaStride<kD>;
+  static constexpr bool kQRegs = kD == 64;             // queries as fragments in registers, else fetched again for each tile of keys
+  static constexpr int kQTile = kQRegs ? 0 : kRows * kMmaStride<kD>;           // in registers: they pass through the second stage
+  static constexpr size_t kShared = (4 * kTile + kQTile) * sizeof(bf16);
+  static_assert(!kQRegs || 2 * kN >= kRows, "the queries fit into the second stage");
+};
+// A row's sums are rescaled only when its maximum has grown by a factor of more than 2^8: exp(s - m) with the m of before is then at most
+// 2^8, and no precision is lost in floating point. Only that the largest probability is no longer the 1 that rounding to bf16 leaves alone.
+constexpr float kMaxGrowth = 8;
+
+template <class C>
+__global__ void __launch_bounds__(C::kThreads, 2) attention_forward_mma_kernel(bf16* out, float* lse, const bf16* qkv, int T, int H, int KV, int D) {
+  constexpr int kD = C::kD, kM = C::kM, kN = C::kN;
   DYNAMIC_SHARED(bf16, shared);
-  bf16 *k_tiles = shared, *v_tiles = shared + kMmaTileSize<kD>;                // stage s: 2 s tiles further
-  const int first = ((int)gridDim.x - 1 - (int)blockIdx.x) * 64 * kM, h = blockIdx.y, b = blockIdx.z;      // long rows first
+  const int first = ((int)gridDim.x - 1 - (int)blockIdx.x) * C::kRows, h = blockIdx.y, b = blockIdx.z;      // long rows first
   const int warp = threadIdx.x / 32, row0 = first + warp * 16 * kM, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   const HeadRows<const bf16> x = head_rows(qkv, b, h, T, H, KV, D);
   const float scale = kLog2E / sqrtf(D);
+  const int tiles = ceil_div(min(T, first + C::kRows), kN);
+  bf16* q_tile = shared + (C::kQRegs ? 2 : 4) * C::kTile;
+  const bf16* q_rows = q_tile + warp * 16 * kM * kMmaStride<kD>;
   auto start_copy = [&](int tile) {
-    copy_tile<kD, kMmaTile>(k_tiles + tile % 2 * 2 * kMmaTileSize<kD>, x.k, x.ld, tile * kMmaTile, T, D);
-    copy_tile<kD, kMmaTile>(v_tiles + tile % 2 * 2 * kMmaTileSize<kD>, x.v, x.ld, tile * kMmaTile, T, D);
+    bf16* stage = shared + tile % 2 * 2 * C::kTile;
+    start_tile<kD, kN, C::kThreads>(stage, x.k, x.ld, tile * kN, T, D);
+    start_tile<kD, kN, C::kThreads>(stage + C::kTile, x.v, x.ld, tile * kN, T, D);
     cp_async_commit();
   };
-  static_assert(kM <= 2, "the queries pass through the second stage, which is 128 rows");
-  copy_tile<kD, 64 * kM>(shared + 2 * kMmaTileSize<kD>, x.q, x.ld, first, T, D);
+  start_tile<kD, C::kRows, C::kThreads>(q_tile, x.q, x.ld, first, T, D);
   cp_async_commit();
   start_copy(0);
-  cp_async_wait<1>();
-  __syncthreads();
-  uint32_t q[kM][kD / 16][4];
+  uint32_t q[C::kQRegs ? kD / 16 : 1][kM][4];
+  if constexpr (C::kQRegs) {
+    cp_async_wait<1>();
+    __syncthreads();
 #pragma unroll
-  for (int m = 0; m < kM; m++) load_fragments<kD>(q[m], shared + 2 * kMmaTileSize<kD> + (warp * kM + m) * 16 * kMmaStride<kD>);
+    for (int k = 0; k < kD / 16; k++) load_fragments<kD, kM>(q[k], q_rows, k);
+  }
+  auto queries = [&](int k, uint32_t (&a)[kM][4]) {
+    if constexpr (C::kQRegs) {
+#pragma unroll
+      for (int i = 0; i < 4 * kM; i++) a[i / 4][i % 4] = q[k][i / 4][i % 4];
+    } else load_fragments<kD, kM>(a, q_rows, k);
+  };
 
   float o[kM][kD / 8][4] = {}, max[kM][2], sum[kM][2] = {};                    // [2]: rows g and g + 8. sum: this lane's columns only
 #pragma unroll
   for (int m = 0; m < kM; m++) max[m][0] = max[m][1] = -FLT_MAX;
-  const int tiles = ceil_div(min(T, first + 64 * kM), kMmaTile);
   for (int tile = 0; tile < tiles; tile++) {
     cp_async_wait<0>();
     __syncthreads();                             // this tile is here, and everybody is done with the stage that is filled next
     if (tile + 1 < tiles) start_copy(tile + 1);
-    const int key0 = tile * kMmaTile;
+    const int key0 = tile * kN;
     if (key0 >= row0 + 16 * kM) continue;        // all keys lie after this warp's queries
-    const bf16 *k_rows = k_tiles + tile % 2 * 2 * kMmaTileSize<kD>, *v_rows = v_tiles + tile % 2 * 2 * kMmaTileSize<kD>;
-
-    float s[4][kM][2][4];                        // chunks of 16 keys
+    const bf16 *k_rows = shared + tile % 2 * 2 * C::kTile, *v_rows = k_rows + C::kTile;
+    float s[kM][kN / 8][4];
+    product_transposed<kD, kM, kN / 8>(s, queries, k_rows);
+    if (key0 + kN - 1 > row0) {
 #pragma unroll
-    for (int c = 0; c < 4; c++) multiply_transposed<kD, kM>(s[c], q, k_rows + 16 * c * kMmaStride<kD>);
-    if (key0 + kMmaTile - 1 > row0) {
+      for (int m = 0; m < kM; m++)
 #pragma unroll
-      for (int c = 0; c < 4; c++)
+        for (int n = 0; n < kN / 8; n++)
 #pragma unroll
-        for (int m = 0; m < kM; m++)
+          for (int i = 0; i < 4; i++)
+            if (key0 + 8 * n + 2 * t + i % 2 > row0 + 16 * m + g + i / 2 * 8) s[m][n][i] = -INFINITY;
+    }
+    float new_max[kM][2];
+    bool grown = false;
 #pragma unroll
-          for (int i = 0; i < 8; i++)
-            if (key0 + 16 * c + i / 4 * 8 + 2 * t + i % 2 > row0 + 16 * m + g + i % 4 / 2 * 8) s[c][m][i / 4][i % 4] = -INFINITY;
+    for (int m = 0; m < kM; m++)
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        float y = fmaxf(s[m][0][2 * half], s[m][0][2 * half + 1]);
+#pragma unroll
+        for (int n = 1; n < kN / 8; n++) y = fmaxf(y, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
+        y = fmaxf(y, __shfl_xor_sync(0xffffffffu, y, 1));                      // the four lanes that share a row
+        y = fmaxf(y, __shfl_xor_sync(0xffffffffu, y, 2));
+        new_max[m][half] = y;
+        grown = grown || (y - max[m][half]) * scale > kMaxGrowth;
+      }
+    if (__any_sync(0xffffffffu, grown)) {
+#pragma unroll
+      for (int m = 0; m < kM; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+          const float y = fmaxf(max[m][half], new_max[m][half]), factor = ex2_approx((max[m][half] - y) * scale);
+          max[m][half] = y;
+          sum[m][half] *= factor;
+#pragma unroll
+          for (int n = 0; n < kD / 8; n++) { o[m][n][2 * half] *= factor; o[m][n][2 * half + 1] *= factor; }
+        }
     }
 #pragma unroll
     for (int m = 0; m < kM; m++)
 #pragma unroll
       for (int half = 0; half < 2; half++) {
-        float new_max = max[m][half];
+        const float shift = max[m][half] * scale;
 #pragma unroll
-        for (int c = 0; c < 4; c++)
+        for (int n = 0; n < kN / 8; n++)
 #pragma unroll
-          for (int i = 0; i < 4; i++) new_max = fmaxf(new_max, s[c][m][i / 2][2 * half + i % 2]);
-        new_max = fmaxf(new_max, __shfl_xor_sync(0xffffffffu, new_max, 1));    // the four lanes that share a row
-        new_max = fmaxf(new_max, __shfl_xor_sync(0xffffffffu, new_max, 2));
-        const float factor = ex2_approx((max[m][half] - new_max) * scale);
-        max[m][half] = new_max;
-        sum[m][half] *= factor;
-#pragma unroll
-        for (int n = 0; n < kD / 8; n++) { o[m][n][2 * half] *= factor; o[m][n][2 * half + 1] *= factor; }
-#pragma unroll
-        for (int c = 0; c < 4; c++)
-#pragma unroll
-          for (int i = 0; i < 4; i++) {
-            float& p = s[c][m][i / 2][2 * half + i % 2];
-            p = ex2_approx(p * scale - new_max * scale);
-            sum[m][half] += p;
+          for (int i = 2 * half; i < 2 * half + 2; i++) {
+            s[m][n][i] = ex2_approx(s[m][n][i] * scale - shift);
+            sum[m][half] += s[m][n][i];
           }
       }
 #pragma unroll
-    for (int c = 0; c < 4; c++) {
+    for (int c = 0; c < kN / 16; c++) {
       uint32_t p[kM][4];
 #pragma unroll
-      for (int m = 0; m < kM; m++) pack_fragment(p[m], s[c][m]);
-      multiply_rows<kD, kM>(o, p, v_rows + 16 * c * kMmaStride<kD>);
+      for (int m = 0; m < kM; m++) pack_fragment(p[m], s[m][2 * c], s[m][2 * c + 1]);
+      product_rows<kD, kD, kM>(o, p, v_rows + 16 * c * kMmaStride<kD>);
     }
   }
 #pragma unroll
@@ -495,160 +568,241 @@ attention_forward_mma_kernel(bf16* out, float* lse, const bf16* qkv, int T, int 
       const int row = row0 + 16 * m + g + 8 * half;
       if (t == 0 && row < T) lse[((size_t)b * H + h) * T + row] = max[m][half] * scale * kLn2 + logf(total);
     }
-    store_fragments<kD>(out + (size_t)b * T * H * D + h * D, (size_t)H * D, o[m], factor, row0 + 16 * m, T, D);
+    store_block<kD>(out + (size_t)b * T * H * D + h * D, (size_t)H * D, o[m], factor[0], factor[1], row0 + 16 * m, 0, T, D);
   }
 }
+template <class C> void attention_forward_tiles(bf16* out, float* lse, const bf16* qkv, int B, int T, int H, int KV, int D) {
+  check_attention_shape(B, T, H, KV, D);
+  launch(attention_forward_mma_kernel<C>, dim3(ceil_div(T, C::kRows), H, B), C::kThreads, C::kShared, out, lse, qkv, T, H, KV, D);
+}
+inline void attention_forward_mma(bf16* out, float* lse, const bf16* qkv, int B, int T, int H, int KV, int D, size_t shared = shared_memory_limit()) {
+  using Small = ForwardTiles<64, 64>;
+  using Large = ForwardTiles<128, 64>;
+  using LargeLess = ForwardTiles<128, 32>;                                     // 70 KB of shared memory instead of 104
+  if (D <= Small::kD) attention_forward_tiles<Small>(out, lse, qkv, B, T, H, KV, D);
+  else if (Large::kShared <= shared) attention_forward_tiles<Large>(out, lse, qkv, B, T, H, KV, D);
+  else attention_forward_tiles<LargeLess>(out, lse, qkv, B, T, H, KV, D);
+}
 
-// dQ: 16 queries a warp, walks over the keys.
-template <int kD>
-__global__ void __launch_bounds__(kMmaThreads) attention_backward_q_mma_kernel(bf16* dqkv, const bf16* dout, const bf16* qkv, const float* lse,
-                                                                               const float* delta, int T, int H, int KV, int D) {
+// ------------------------------------------------------------------ backward
+// A block owns kN keys and walks over the queries that see them, of every head of the group; a warp owns 16 kM keys and holds their dK
+// and dV. Keys are rows from the start (S^T = K Q^T), so P^T and dS^T are at hand as operands of dV and dK without a transposition. For
+// dQ the warps share dS through shared memory.
+//
+// dQ of a query sums over keys, so over blocks: each block adds its part into a float buffer once the block of the next keys has added
+// its own (a counter for each warp's part says how many have). So the order of the sum is fixed: the keys of the diagonal first, the first
+// keys last; and the last one writes dQ. Blocks of a head start together, the block of keys j sees its queries j, j + 1, ...: when it comes
+// to query tile i, the block of keys j + 1 has left it one step before. Nobody waits in the ideal case. A block waits only for blocks that
+// drew an earlier ticket, so for blocks that run or have ended: no deadlock, whatever order the machine starts blocks in.
+template <int kD_, int kWarps_, int kM_, int kQ_> struct BackwardTiles {
+  static constexpr int kD = kD_, kWarps = kWarps_, kM = kM_, kQ = kQ_;         // kQ: queries of a tile
+  static constexpr int kThreads = 32 * kWarps, kMinBlocks = 8 / kWarps, kN = 16 * kM * kWarps;
+  static constexpr int kDsStride = kQ + 8;
+  static constexpr int kOwn = kN * kMmaStride<kD>, kTile = kQ * kMmaStride<kD>;
+  static constexpr size_t kShared = (2 * kOwn + 4 * kTile + kN * kDsStride) * sizeof(bf16) + 4 * kQ * sizeof(float);
+  static constexpr int kRowGroups = kQ / 16, kColumns = kD / (kWarps / kRowGroups);   // a warp computes 16 x kColumns of a tile's dQ
+  static_assert(kWarps % kRowGroups == 0 && kColumns % 16 == 0 && kN % kQ == 0, "dQ is shared out among the warps");
+  static_assert(2 * kQ <= kThreads, "a thread copies one number of the statistics");
+};
+// One piece of memory: delta [B, H, T], the sums of dQ [B, H, query tiles, kQ, kD], how many blocks have added to each warp's part of a
+// tile [B, H, query tiles, warps], and the next ticket.
+struct BackwardScratch { float *delta, *dq; int* done; size_t counters; int* ticket; size_t floats; };
+template <class C> BackwardScratch backward_scratch(float* scratch, int B, int T, int H) {
+  const size_t heads = (size_t)B * H, tiles = ceil_div(T, C::kQ), delta = round_up(heads * T, (size_t)4), dq = heads * tiles * C::kQ * C::kD;
+  const size_t counters = heads * tiles * C::kWarps + 1;
+  int* done = (int*)(scratch + delta + dq);
+  return {scratch, scratch + delta, done, counters, done + counters - 1, delta + dq + counters};
+}
+__device__ inline int load_acquire(const int* p) {
+#ifdef CPU_BUILD
+  return __atomic_load_n(p, __ATOMIC_ACQUIRE);
+#else
+  int v;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+  return v;
+#endif
+}
+__device__ inline void store_release(int* p, int v) {
+#ifdef CPU_BUILD
+  __atomic_store_n(p, v, __ATOMIC_RELEASE);
+#else
+  asm volatile("st.release.gpu.global.s32 [%0], %1;" :: "l"(p), "r"(v) : "memory");
+#endif
+}
+__device__ inline Vec<float, 4> load_l2(const float* p) {      // another block has written it: not from L1
+#ifdef CPU_BUILD
+  return *(const Vec<float, 4>*)p;
+#else
+  Vec<float, 4> x;
+  asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(x.v[0]), "=f"(x.v[1]), "=f"(x.v[2]), "=f"(x.v[3]) : "l"(p) : "memory");
+  return x;
+#endif
+}
+
+template <class C>
+__global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
+attention_backward_mma_kernel(bf16* dqkv, const bf16* dout, const bf16* qkv, const float* lse, BackwardScratch scratch, int T, int H, int KV, int D) {
+  constexpr int kD = C::kD, kM = C::kM, kQ = C::kQ, kN = C::kN;
   DYNAMIC_SHARED(bf16, shared);
-  bf16 *k_tiles = shared, *v_tiles = shared + kMmaTileSize<kD>;
-  const int first = ((int)gridDim.x - 1 - (int)blockIdx.x) * 64, h = blockIdx.y, b = blockIdx.z;
-  const int warp = threadIdx.x / 32, row0 = first + warp * 16, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-  const HeadRows<const bf16> x = head_rows(qkv, b, h, T, H, KV, D);
-  const float scale = kLog2E / sqrtf(D);
-  auto start_copy = [&](int tile) {
-    copy_tile<kD, kMmaTile>(k_tiles + tile % 2 * 2 * kMmaTileSize<kD>, x.k, x.ld, tile * kMmaTile, T, D);
-    copy_tile<kD, kMmaTile>(v_tiles + tile % 2 * 2 * kMmaTileSize<kD>, x.v, x.ld, tile * kMmaTile, T, D);
-    cp_async_commit();
-  };
-  copy_tile<kD, 64>(shared + 2 * kMmaTileSize<kD>, x.q, x.ld, first, T, D);
-  copy_tile<kD, 64>(shared + 3 * kMmaTileSize<kD>, dout + (size_t)b * T * H * D + h * D, (size_t)H * D, first, T, D);
-  cp_async_commit();
-  start_copy(0);
-  cp_async_wait<1>();
+  __shared__ int drawn;
+  bf16 *k_tile = shared, *v_tile = k_tile + C::kOwn, *q_tiles = v_tile + C::kOwn, *do_tiles = q_tiles + 2 * C::kTile;
+  bf16* ds_tile = do_tiles + 2 * C::kTile;
+  float* stats = (float*)(ds_tile + kN * C::kDsStride);                        // [stage][lse, delta][kQ]
+  if (threadIdx.x == 0) drawn = atomicAdd(scratch.ticket, 1);
   __syncthreads();
-  uint32_t q[1][kD / 16][4], dO[1][kD / 16][4];
-  load_fragments<kD>(q[0], shared + 2 * kMmaTileSize<kD> + warp * 16 * kMmaStride<kD>);
-  load_fragments<kD>(dO[0], shared + 3 * kMmaTileSize<kD> + warp * 16 * kMmaStride<kD>);
-  float dq[1][kD / 8][4] = {}, lse2[2], delta_own[2];
-#pragma unroll
-  for (int half = 0; half < 2; half++) {
-    const int row = row0 + g + 8 * half;
-    lse2[half] = row < T ? lse[((size_t)b * H + h) * T + row] * kLog2E : 0;
-    delta_own[half] = row < T ? delta[((size_t)b * H + h) * T + row] : 0;
-  }
-  const int tiles = ceil_div(min(T, first + 64), kMmaTile);
-  for (int tile = 0; tile < tiles; tile++) {
-    cp_async_wait<0>();
-    __syncthreads();
-    if (tile + 1 < tiles) start_copy(tile + 1);
-    const bf16 *k_rows = k_tiles + tile % 2 * 2 * kMmaTileSize<kD>, *v_rows = v_tiles + tile % 2 * 2 * kMmaTileSize<kD>;
-    for (int c = 0; c < 4; c++, k_rows += 16 * kMmaStride<kD>, v_rows += 16 * kMmaStride<kD>) {
-      const int key0 = tile * kMmaTile + 16 * c;
-      if (key0 > row0) break;                    // (row0 and key0 are multiples of 16)
-      float s[1][2][4], dp[1][2][4];
-      multiply_transposed<kD, 1>(s, q, k_rows);
-      multiply_transposed<kD, 1>(dp, dO, v_rows);
-#pragma unroll
-      for (int i = 0; i < 8; i++) {
-        const int half = i % 4 / 2, key = key0 + i / 4 * 8 + 2 * t + i % 2, query = row0 + g + 8 * half;
-        const float p = ex2_approx(s[0][i / 4][i % 4] * scale - lse2[half]);
-        s[0][i / 4][i % 4] = key <= query ? p * (dp[0][i / 4][i % 4] - delta_own[half]) : 0;
-      }
-      uint32_t ds[1][4];
-      pack_fragment(ds[0], s[0]);
-      multiply_rows<kD, 1>(dq, ds, k_rows);
-    }
-  }
-  const float factor[2] = {scale * kLn2, scale * kLn2};
-  store_fragments<kD>(head_rows(dqkv, b, h, T, H, KV, D).q, x.ld, dq[0], factor, row0, T, D);
-}
-
-// dK and dV: 16 keys a warp, walks over the queries that see them, of every head of the group.
-template <int kD>
-__global__ void __launch_bounds__(kMmaThreads) attention_backward_kv_mma_kernel(bf16* dqkv, const bf16* dout, const bf16* qkv, const float* lse,
-                                                                                const float* delta, int T, int H, int KV, int D) {
-  DYNAMIC_SHARED(bf16, shared);
-  bf16 *q_tiles = shared, *do_tiles = shared + kMmaTileSize<kD>;
-  float* stats = (float*)(shared + 4 * kMmaTileSize<kD>);                      // [stage][lse, delta][64 queries]
-  const int first = blockIdx.x * 64, kv = blockIdx.y, b = blockIdx.z, group = H / KV;
-  const int warp = threadIdx.x / 32, row0 = first + warp * 16, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  const int blocks = ceil_div(T, kN), group = H / KV;
+  const int j = blocks - 1 - drawn % blocks, kv = drawn / blocks % KV, b = drawn / blocks / KV, first = j * kN;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row0 = first + warp * 16 * kM, g = lane / 4, t = lane % 4;
   const HeadRows<const bf16> x = head_rows(qkv, b, kv * group, T, H, KV, D);
   const float scale = kLog2E / sqrtf(D);
-  const int first_tile = first / kMmaTile, tiles = ceil_div(T, kMmaTile) - first_tile;      // of one head
-  auto start_copy = [&](int step) {                                                         // step: (head of the group, tile)
-    const int h = kv * group + step / tiles, query0 = (first_tile + step % tiles) * kMmaTile, stage = step % 2;
-    copy_tile<kD, kMmaTile>(q_tiles + stage * 2 * kMmaTileSize<kD>, x.q + step / tiles * D, x.ld, query0, T, D);
-    copy_tile<kD, kMmaTile>(do_tiles + stage * 2 * kMmaTileSize<kD>, dout + (size_t)b * T * H * D + h * D, (size_t)H * D, query0, T, D);
-    const int i = threadIdx.x % 64;
-    const float* from = (threadIdx.x < 64 ? lse : delta) + ((size_t)b * H + h) * T;
-    cp_async<4>(stats + stage * 128 + threadIdx.x, query0 + i < T ? from + query0 + i : from, query0 + i < T);
+  const int all_tiles = ceil_div(T, kQ), first_tile = first / kQ, steps = (all_tiles - first_tile) * group;
+  int copy_head = 0, copy_tile = first_tile;                                   // what is copied next
+  auto start_copy = [&](int stage) {
+    const int h = kv * group + copy_head, query0 = copy_tile * kQ;
+    start_tile<kD, kQ, C::kThreads>(q_tiles + stage * C::kTile, x.q + copy_head * D, x.ld, query0, T, D);
+    start_tile<kD, kQ, C::kThreads>(do_tiles + stage * C::kTile, dout + (size_t)b * T * H * D + h * D, (size_t)H * D, query0, T, D);
+    if (threadIdx.x < 2 * kQ) {
+      const int i = threadIdx.x % kQ;
+      const float* from = (threadIdx.x < kQ ? lse : scratch.delta) + ((size_t)b * H + h) * T;
+      cp_async<4>(stats + stage * 2 * kQ + threadIdx.x, query0 + i < T ? from + query0 + i : from, query0 + i < T);
+    }
     cp_async_commit();
+    if (++copy_tile == all_tiles) { copy_tile = first_tile; copy_head++; }
   };
-  copy_tile<kD, 64>(shared + 2 * kMmaTileSize<kD>, x.k, x.ld, first, T, D);
-  copy_tile<kD, 64>(shared + 3 * kMmaTileSize<kD>, x.v, x.ld, first, T, D);
-  cp_async_commit();
+  start_tile<kD, kN, C::kThreads>(k_tile, x.k, x.ld, first, T, D);
+  start_tile<kD, kN, C::kThreads>(v_tile, x.v, x.ld, first, T, D);
   start_copy(0);
-  cp_async_wait<1>();
-  __syncthreads();
-  uint32_t k[1][kD / 16][4], v[1][kD / 16][4];
-  load_fragments<kD>(k[0], shared + 2 * kMmaTileSize<kD> + warp * 16 * kMmaStride<kD>);
-  load_fragments<kD>(v[0], shared + 3 * kMmaTileSize<kD> + warp * 16 * kMmaStride<kD>);
-  float dk[1][kD / 8][4] = {}, dv[1][kD / 8][4] = {};
+  const int own = warp * 16 * kM;
+  auto keys = [&](int k, uint32_t (&a)[kM][4]) { load_fragments<kD, kM>(a, k_tile + own * kMmaStride<kD>, k); };
+  auto values = [&](int k, uint32_t (&a)[kM][4]) { load_fragments<kD, kM>(a, v_tile + own * kMmaStride<kD>, k); };
 
-  for (int step = 0; step < tiles * group; step++) {
+  float dk[kM][kD / 8][4] = {}, dv[kM][kD / 8][4] = {};
+  const int dq_row = warp % C::kRowGroups * 16, dq_column = warp / C::kRowGroups * C::kColumns;     // the part of dQ of this warp
+  constexpr int kPart = C::kColumns / 8;                                       // fragments of that part, four numbers each
+  int tile = first_tile, head = 0;
+  int* release = nullptr;                        // the counter to be set when the sums stored in the step before can be seen by all
+  int release_value = 0;
+  for (int step = 0; step < steps; step++) {
     cp_async_wait<0>();
     __syncthreads();
-    if (step + 1 < tiles * group) start_copy(step + 1);
-    const bf16 *q_rows = q_tiles + step % 2 * 2 * kMmaTileSize<kD>, *do_rows = do_tiles + step % 2 * 2 * kMmaTileSize<kD>;
-    for (int c = 0; c < 4; c++, q_rows += 16 * kMmaStride<kD>, do_rows += 16 * kMmaStride<kD>) {
-      const int query0 = (first_tile + step % tiles) * kMmaTile + 16 * c;
-      if (query0 < row0) continue;               // all of these queries lie before this warp's keys
-      float s[1][2][4], dp[1][2][4];             // rows: keys, columns: queries
-      multiply_transposed<kD, 1>(s, k, q_rows);
-      multiply_transposed<kD, 1>(dp, v, do_rows);
+    const int stage = step % 2, query0 = tile * kQ;
+    if (step + 1 < steps) start_copy(stage ^ 1);
+    const bf16 *q_rows = q_tiles + stage * C::kTile, *do_rows = do_tiles + stage * C::kTile;
+    const float* stat = stats + stage * 2 * kQ;
+    float s[kM][kQ / 8][4], dp[kM][kQ / 8][4];   // rows: keys, columns: queries
+    product_transposed<kD, kM, kQ / 8>(s, keys, q_rows);
+    if (release && lane == 0) store_release(release, release_value);
 #pragma unroll
-      for (int i = 0; i < 8; i++) {
-        const int column = i / 4 * 8 + 2 * t + i % 2, key = row0 + g + i % 4 / 2 * 8;
-        const float* stat = stats + step % 2 * 128 + 16 * c + column;
-        const float p = key <= query0 + column ? ex2_approx(s[0][i / 4][i % 4] * scale - stat[0] * kLog2E) : 0;
-        s[0][i / 4][i % 4] = p;
-        dp[0][i / 4][i % 4] = p * (dp[0][i / 4][i % 4] - stat[64]);
-      }
-      uint32_t p[1][4], ds[1][4];
-      pack_fragment(p[0], s[0]);
-      pack_fragment(ds[0], dp[0]);
-      multiply_rows<kD, 1>(dv, p, do_rows);
-      multiply_rows<kD, 1>(dk, ds, q_rows);
+    for (int n = 0; n < kQ / 8; n++) {
+      const Vec<float, 2> l = load_vec<2>(stat + 8 * n + 2 * t);
+#pragma unroll
+      for (int m = 0; m < kM; m++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) s[m][n][i] = ex2_approx(s[m][n][i] * scale - l.v[i % 2] * kLog2E);
     }
-  }
-  const HeadRows<bf16> d = head_rows(dqkv, b, kv * group, T, H, KV, D);
-  const float factor[2] = {scale * kLn2, scale * kLn2}, one[2] = {1, 1};
-  store_fragments<kD>(d.k, d.ld, dk[0], factor, row0, T, D);
-  store_fragments<kD>(d.v, d.ld, dv[0], one, row0, T, D);
-}
+    if (query0 < row0 + 16 * kM - 1) {
+#pragma unroll
+      for (int m = 0; m < kM; m++)
+#pragma unroll
+        for (int n = 0; n < kQ / 8; n++)
+#pragma unroll
+          for (int i = 0; i < 4; i++)
+            if (row0 + 16 * m + g + i / 2 * 8 > query0 + 8 * n + 2 * t + i % 2) s[m][n][i] = 0;
+    }
+    product_transposed<kD, kM, kQ / 8>(dp, values, do_rows);
+    uint32_t p[kQ / 16][kM][4], ds[kQ / 16][kM][4];
+#pragma unroll
+    for (int c = 0; c < kQ / 16; c++)
+#pragma unroll
+      for (int m = 0; m < kM; m++) {
+        pack_fragment(p[c][m], s[m][2 * c], s[m][2 * c + 1]);
+#pragma unroll
+        for (int n = 2 * c; n < 2 * c + 2; n++) {
+          const Vec<float, 2> delta = load_vec<2>(stat + kQ + 8 * n + 2 * t);
+#pragma unroll
+          for (int i = 0; i < 4; i++) dp[m][n][i] = s[m][n][i] * (dp[m][n][i] - delta.v[i % 2]);
+        }
+        pack_fragment(ds[c][m], dp[m][2 * c], dp[m][2 * c + 1]);
+#pragma unroll
+        for (int r = 0; r < 4; r++)
+          *(uint32_t*)(ds_tile + (own + 16 * m + g + r % 2 * 8) * C::kDsStride + 16 * c + r / 2 * 8 + 2 * t) = ds[c][m][r];
+      }
+#pragma unroll
+    for (int c = 0; c < kQ / 16; c++) product_rows<kD, kD, kM>(dv, p[c], do_rows + 16 * c * kMmaStride<kD>);
+    __syncthreads();                             // dS is complete
 
-// f(integral_constant<int, kD>): the width of the tiles for head size D
-template <class F> void with_tile_width(int D, F f) {
-  if (D <= 32) f(std::integral_constant<int, 32>());
-  else if (D <= 64) f(std::integral_constant<int, 64>());
-  else if (D <= 96) f(std::integral_constant<int, 96>());
-  else f(std::integral_constant<int, 128>());
+    float dq[1][C::kColumns / 8][4] = {};
+#pragma unroll
+    for (int c = 0; c < kN / 16; c++) {
+      uint32_t a[1][4];                          // stored by keys, read by queries
+      ldmatrix_x4_trans(a[0], ds_tile + (16 * c + lane / 16 * 8 + lane % 8) * C::kDsStride + dq_row + lane / 8 % 2 * 8);
+      product_rows<kD, C::kColumns, 1>(dq, a, k_tile + 16 * c * kMmaStride<kD> + dq_column);
+    }
+    const int before = query0 / kN - j, h = kv * group + head;                 // blocks that have added to these queries before this one
+    const size_t part = ((size_t)(b * H + h) * all_tiles + tile) * C::kWarps + warp;
+    float* sums = scratch.dq + part * kPart * 128 + 4 * lane;
+    Vec<float, 4> old[kPart];
+    if (before) {
+      if (lane == 0) while (load_acquire(scratch.done + part) < before) {}
+      __syncwarp();
+#pragma unroll
+      for (int i = 0; i < kPart; i++) old[i] = load_l2(sums + i * 128);        // they arrive behind the next product
+    }
+#pragma unroll
+    for (int c = 0; c < kQ / 16; c++) product_rows<kD, kD, kM>(dk, ds[c], q_rows + 16 * c * kMmaStride<kD>);
+    if (before) {
+#pragma unroll
+      for (int i = 0; i < 4 * kPart; i++) dq[0][i / 4][i % 4] += old[i / 4].v[i % 4];
+    }
+    release = nullptr;
+    if (j > 0) {
+#pragma unroll
+      for (int i = 0; i < kPart; i++) store_vec(sums + i * 128, Vec<float, 4>{{dq[0][i][0], dq[0][i][1], dq[0][i][2], dq[0][i][3]}});
+      __syncwarp();
+      release = scratch.done + part;
+      release_value = before + 1;
+    } else {
+      const HeadRows<bf16> d = head_rows(dqkv, b, h, T, H, KV, D);
+      store_block<C::kColumns>(d.q, d.ld, dq[0], scale * kLn2, scale * kLn2, query0 + dq_row, dq_column, T, D);
+    }
+    if (++tile == all_tiles) { tile = first_tile; head++; }
+  }
+  if (release && lane == 0) store_release(release, release_value);
+  const HeadRows<bf16> d = head_rows(dqkv, b, kv * group, T, H, KV, D);
+#pragma unroll
+  for (int m = 0; m < kM; m++) {
+    store_block<kD>(d.k, d.ld, dk[m], scale * kLn2, scale * kLn2, row0 + 16 * m, 0, T, D);
+    store_block<kD>(d.v, d.ld, dv[m], 1, 1, row0 + 16 * m, 0, T, D);
+  }
 }
-inline void attention_forward_mma(bf16* out, float* lse, const bf16* qkv, int B, int T, int H, int KV, int D) {
+template <class C> void attention_backward_tiles(bf16* dqkv, const bf16* dout, const bf16* qkv, const bf16* out, const float* lse, float* scratch,
+                                                 int B, int T, int H, int KV, int D) {
   check_attention_shape(B, T, H, KV, D);
-  with_tile_width(D, [&](auto width) {
-    constexpr int kD = decltype(width)::value, kM = kD <= 64 ? 2 : 1;
-    launch(attention_forward_mma_kernel<kD, kM>, dim3(ceil_div(T, 64 * kM), H, B), kMmaThreads, kMmaShared<kD>, out, lse, qkv, T, H, KV, D);
-  });
+  const BackwardScratch s = backward_scratch<C>(scratch, B, T, H);
+  attention_delta(s.delta, dout, out, B, T, H, D, s.done, s.counters);
+  launch(attention_backward_mma_kernel<C>, ceil_div(T, C::kN) * KV * B, C::kThreads, C::kShared, dqkv, dout, qkv, lse, s, T, H, KV, D);
 }
-inline void attention_backward_mma(bf16* dqkv, const bf16* dout, const bf16* qkv, const bf16* out, const float* lse, float* delta,
-                                   int B, int T, int H, int KV, int D) {
-  check_attention_shape(B, T, H, KV, D);
-  attention_delta(delta, dout, out, B, T, H, D);
-  with_tile_width(D, [&](auto width) {
-    constexpr int kD = decltype(width)::value;
-    const int tiles = ceil_div(T, 64);
-    launch(attention_backward_kv_mma_kernel<kD>, dim3(tiles, KV, B), kMmaThreads, kMmaShared<kD> + 1024, dqkv, dout, qkv, lse, delta, T, H, KV, D);
-    launch(attention_backward_q_mma_kernel<kD>, dim3(tiles, H, B), kMmaThreads, kMmaShared<kD>, dqkv, dout, qkv, lse, delta, T, H, KV, D);
-  });
+// f(BackwardTiles): the tiles for head size D
+template <class F> void with_backward_tiles(int D, size_t shared, F f) {
+  using Small = BackwardTiles<64, 4, 2, 32>;
+  using Large = BackwardTiles<128, 8, 1, 64>;
+  using LargeLess = BackwardTiles<128, 4, 1, 32>;                              // 76 KB of shared memory instead of 155
+  if (D <= Small::kD) f(Small());
+  else if (Large::kShared <= shared) f(Large());
+  else f(LargeLess());
+}
+inline void attention_backward_mma(bf16* dqkv, const bf16* dout, const bf16* qkv, const bf16* out, const float* lse, float* scratch,
+                                   int B, int T, int H, int KV, int D, size_t shared = shared_memory_limit()) {
+  with_backward_tiles(D, shared, [&](auto tiles) { attention_backward_tiles<decltype(tiles)>(dqkv, dout, qkv, out, lse, scratch, B, T, H, KV, D); });
+}
+inline size_t attention_backward_mma_scratch(int B, int T, int H, int D, size_t shared = shared_memory_limit()) {
+  size_t floats = 0;
+  with_backward_tiles(D, shared, [&](auto tiles) { floats = backward_scratch<decltype(tiles)>(nullptr, B, T, H).floats; });
+  return floats;
 }
 
 // ================================================================== what the model calls
-// out and lse from qkv. delta is scratch. Shapes: see the top of the file. Stops with an error for a head size that is not supported.
+// Shapes: see the top of the file. Stop with an error for a head size that is not supported.
 inline void attention_forward(floatX* out, float* lse, const floatX* qkv, int B, int T, int H, int KV, int D) {
 #if defined(CPU_BUILD) || defined(FP32)
   attention_forward_simple(out, lse, qkv, B, T, H, KV, D);
@@ -656,11 +810,20 @@ inline void attention_forward(floatX* out, float* lse, const floatX* qkv, int B,
   attention_forward_mma(out, lse, qkv, B, T, H, KV, D);
 #endif
 }
-inline void attention_backward(floatX* dqkv, const floatX* dout, const floatX* qkv, const floatX* out, const float* lse, float* delta,
+// Floats of memory that attention_backward needs for a while; enough for every smaller B and T too.
+inline size_t attention_backward_scratch(int B, int T, int H, [[maybe_unused]] int D) {
+#if defined(CPU_BUILD) || defined(FP32)
+  return (size_t)B * H * T;
+#else
+  return attention_backward_mma_scratch(B, T, H, D);
+#endif
+}
+// scratch: attention_backward_scratch() floats, aligned to 16 bytes
+inline void attention_backward(floatX* dqkv, const floatX* dout, const floatX* qkv, const floatX* out, const float* lse, float* scratch,
                                int B, int T, int H, int KV, int D) {
 #if defined(CPU_BUILD) || defined(FP32)
-  attention_backward_simple(dqkv, dout, qkv, out, lse, delta, B, T, H, KV, D);
+  attention_backward_simple(dqkv, dout, qkv, out, lse, scratch, B, T, H, KV, D);
 #else
-  attention_backward_mma(dqkv, dout, qkv, out, lse, delta, B, T, H, KV, D);
+  attention_backward_mma(dqkv, dout, qkv, out, lse, scratch, B, T, H, KV, D);
 #endif
 }
