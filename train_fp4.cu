@@ -311,7 +311,7 @@ struct Arena {
 
 struct Weight {                        // where one parameter lives
   float* master = nullptr;             // FP32: what the optimizer updates
-  floatX* work = nullptr;              // matrices: the copy that the GEMMs and embeddings read
+  floatX* work = nullptr;              // the copy that GEMMs and embeddings read (biases too: a GEMM adds them; norms read the master)
   float* grad = nullptr;               // FP32
   size_t watch_offset = 0;             // of the first element in the arrays of all watched parameters (train_control.cuh)
 };
@@ -403,7 +403,7 @@ struct Model {
   std::vector<LayerActs> acts;
   int *tokens, *targets, *order, *segment_start, *segment_token;   // (T) each
   std::vector<int> host_tokens;
-  floatX *embedded, *final, *temp;     // (T,C) each
+  floatX *embedded, *final;            // (T,C) each
   floatX *passing;                     // (T,C or F): ln1, ln2 and act of the blocks whose backward pass does not read them
   float *final_mean, *final_rstd, *losses, *rope, *reduce, *norm;
   floatX *logits;                      // (logit_rows, V)
@@ -471,7 +471,7 @@ std::array<LayerShape, 4> layer_shapes(const Model& m) {
   return {{{m.config.channels, m.qkv_width()}, {m.att_width(), m.config.channels}, {m.config.channels, m.fc_width()}, {m.config.ffn, m.config.channels}}};
 }
 // The copy of a matrix that the GEMMs read, where it is not the master itself.
-floatX* work_copy(const Param& p) { return p.cols > 1 && sizeof(floatX) == 2 ? p.weight->work : nullptr; }
+floatX* work_copy(const Param& p) { return sizeof(floatX) == 2 ? p.weight->work : nullptr; }
 
 // What a resumed run needs besides the weights.
 struct RunState {
@@ -536,7 +536,7 @@ void allocate_model(Model& m, bool print) {
   }
   for (auto& [where, bytes] : again) a.want((char**)where, bytes, "a layer's inputs and weights, packed again");
   if (left_out) a.want(&m.passing, T * max(C, F), flow);
-  a.want(&m.embedded, T * C, flow); a.want(&m.final, T * C, flow); a.want(&m.temp, T * C, flow); a.want(&m.final_mean, T, flow); a.want(&m.final_rstd, T, flow);
+  a.want(&m.embedded, T * C, flow); a.want(&m.final, T * C, flow); a.want(&m.final_mean, T, flow); a.want(&m.final_rstd, T, flow);
   // Logits are the largest tensor of a small model: they are computed, turned into their gradient and used up a chunk of rows at a time.
   constexpr size_t kLogitBytes = 512u << 20;
   m.logit_rows = (int)min(T, max((size_t)128, round_up(kLogitBytes / sizeof(floatX) / m.V, (size_t)128)));
@@ -573,7 +573,7 @@ void allocate_model(Model& m, bool print) {
   for (int l = per_layer; l < c.layers; l++) m.acts[l] = m.acts[0];
   for (Param& p : m.params) {
     p.weight->master = m.master + p.offset;
-    if (p.cols > 1) p.weight->work = sizeof(floatX) == 2 ? m.work + p.offset : (floatX*)(m.master + p.offset);
+    p.weight->work = sizeof(floatX) == 2 ? m.work + p.offset : (floatX*)(m.master + p.offset);
     if (m.training) p.weight->grad = m.grads + p.offset;
   }
   if (c.tied) m.lm_head = m.wte;
@@ -585,11 +585,11 @@ void allocate_model(Model& m, bool print) {
   }
 }
 
-// Puts a parameter's values (rows x cols, on the host) where they belong: the master copy and, for a matrix, the working copy.
+// Puts a parameter's values (rows x cols, on the host) where they belong: the master copy and the working copy.
 void set_param(const Param& p, const float* values) {
   to_device(p.weight->master, values, p.size());
   std::vector<floatX> copy;
-  if (p.cols > 1 && sizeof(floatX) == 2) {
+  if (sizeof(floatX) == 2) {
     copy.resize(p.size());
     for (size_t i = 0; i < p.size(); i++) copy[i] = from_float<floatX>(values[i]);
     to_device(p.weight->work, copy.data(), p.size());
@@ -667,19 +667,15 @@ void forward(Model& m, int B, int S, uint32_t micro_step) {
     auto control = [&](int which) { return layer_control(m, l, which); };
     auto saved = [&](int which) { return m.training && !a.saved[which].again ? &a.saved[which] : nullptr; };
     norm_forward(m, a.ln1, a.ln1_mean, a.ln1_rstd, x, w.ln1, w.ln1_bias, T);                             // (T,C)
-    linear_forward(control(0), a.qkv, a.ln1, w.qkv.work, T, C, m.qkv_width(), r, key(0), m.scratch, saved(0));                 // (T,C) -> (T,(H+2G)D)
-    if (!c.llama) add_bias(a.qkv, w.qkv_bias.master, T, m.qkv_width());
+    linear_forward(control(0), a.qkv, a.ln1, w.qkv.work, T, C, m.qkv_width(), r, key(0), m.scratch, saved(0), {w.qkv_bias.work});   // (T,C) -> (T,(H+2G)D)
     if (c.llama) rope_forward(a.qkv, m.rope, B, S, H, G, D);
     attention_forward(a.att, a.lse, a.qkv, B, S, H, G, D);                                               // -> (T,HD)
-    linear_forward(control(1), m.temp, a.att, w.out.work, T, H * D, C, r, key(1), m.scratch, saved(1));                        // (T,HD) -> (T,C)
-    residual_forward(a.mid, x, m.temp, w.out_bias.master, T, C);                                         // (T,C)
+    linear_forward(control(1), a.mid, a.att, w.out.work, T, H * D, C, r, key(1), m.scratch, saved(1), {w.out_bias.work, x});        // x + (T,HD) -> (T,C)
     norm_forward(m, a.ln2, a.ln2_mean, a.ln2_rstd, a.mid, w.ln2, w.ln2_bias, T);                         // (T,C)
-    linear_forward(control(2), a.fc, a.ln2, w.fc.work, T, C, m.fc_width(), r, key(2), m.scratch, saved(2));                    // (T,C) -> (T,F), Llama (T,2F)
-    if (!c.llama) add_bias(a.fc, w.fc_bias.master, T, F);
+    linear_forward(control(2), a.fc, a.ln2, w.fc.work, T, C, m.fc_width(), r, key(2), m.scratch, saved(2), {w.fc_bias.work});       // (T,C) -> (T,F), Llama (T,2F)
     if (c.llama) swiglu_forward(a.act, a.fc, T, F);                                                      // (T,F)
     else gelu_forward(a.act, a.fc, (size_t)T * F);
-    linear_forward(control(3), m.temp, a.act, w.down.work, T, F, C, r, key(3), m.scratch, saved(3));                           // (T,F) -> (T,C)
-    residual_forward(a.result, a.mid, m.temp, w.down_bias.master, T, C);                                 // (T,C)
+    linear_forward(control(3), a.result, a.act, w.down.work, T, F, C, r, key(3), m.scratch, saved(3), {w.down_bias.work, a.mid});   // mid + (T,F) -> (T,C)
     x = a.result;
   }
   norm_forward(m, m.final, m.final_mean, m.final_rstd, x, m.ln_final, m.ln_final_bias, T);               // (T,C)
@@ -731,9 +727,10 @@ double head_loss(Model& m, int T, float grad_scale, long long* counted = nullptr
 // =====================================================================================================================================
 // Backward
 
-void norm_backward(Model& m, floatX* dx, const Weight& w, const Weight& bias, const floatX* dout, const floatX* x, const float* mean, const float* rstd, int T) {
-  if (m.config.llama) rmsnorm_backward(dx, w.grad, dout, x, w.master, rstd, m.reduce, T, m.config.channels);
-  else layernorm_backward(dx, w.grad, bias.grad, dout, x, w.master, mean, rstd, m.reduce, T, m.config.channels);
+// dx_bias: the bias of the branch that ended in this residual stream; its gradient is the sum of dx over the tokens, which adds up here.
+void norm_backward(Model& m, floatX* dx, const Weight& dx_bias, const Weight& w, const Weight& bias, const floatX* dout, const floatX* x, const float* mean, const float* rstd, int T) {
+  if (m.config.llama) rmsnorm_backward(dx, w.grad, dout, x, w.master, rstd, m.reduce, T, m.config.channels, dx_bias.grad);
+  else layernorm_backward(dx, w.grad, bias.grad, dout, x, w.master, mean, rstd, m.reduce, T, m.config.channels, dx_bias.grad);
 }
 
 // From m.dfinal (T,C) to the gradients of all parameters, which accumulate. m.dresidual is the gradient of the residual stream: the two
@@ -742,7 +739,7 @@ void backward(Model& m, int B, int S, uint32_t micro_step) {
   const ModelConfig& c = m.config;
   const int T = B * S, C = c.channels, H = c.heads, G = c.kv_heads, D = c.head_dim, F = c.ffn;
   device_zero(m.dresidual, (size_t)T * C);
-  norm_backward(m, m.dresidual, m.ln_final, m.ln_final_bias, m.dfinal, m.acts[c.layers - 1].result, m.final_mean, m.final_rstd, T);
+  norm_backward(m, m.dresidual, m.layers[c.layers - 1].down_bias, m.ln_final, m.ln_final_bias, m.dfinal, m.acts[c.layers - 1].result, m.final_mean, m.final_rstd, T);
   for (int l = c.layers - 1; l >= 0; l--) {
     const LayerWeights& w = m.layers[l];
     const LayerActs& a = m.acts[l];
@@ -750,20 +747,18 @@ void backward(Model& m, int B, int S, uint32_t micro_step) {
     const floatX* x = l ? m.acts[l - 1].result : m.embedded;
     auto key = [&](int which) { return linear_key(m, micro_step, l, which); };
     auto control = [&](int which) { return layer_control(m, l, which); };
-    if (!c.llama) bias_backward(w.down_bias.grad, m.dresidual, m.reduce, T, C);
     linear_backward(control(3), m.dact, w.down.grad, m.dresidual, a.act, w.down.work, T, F, C, r, key(3), m.scratch, &a.saved[3]);                   // (T,C) -> (T,F)
     if (c.llama) swiglu_backward(m.dfc, m.dact, a.fc, T, F);                                                              // -> (T,2F)
     else gelu_backward(m.dfc, m.dact, a.fc, (size_t)T * F);                                                               // -> (T,F)
     if (!c.llama) bias_backward(w.fc_bias.grad, m.dfc, m.reduce, T, F);
     linear_backward(control(2), m.dnorm, w.fc.grad, m.dfc, a.ln2, w.fc.work, T, C, m.fc_width(), r, key(2), m.scratch, &a.saved[2]);                // -> (T,C)
-    norm_backward(m, m.dresidual, w.ln2, w.ln2_bias, m.dnorm, a.mid, a.ln2_mean, a.ln2_rstd, T);                          // adds to (T,C)
-    if (!c.llama) bias_backward(w.out_bias.grad, m.dresidual, m.reduce, T, C);
+    norm_backward(m, m.dresidual, w.out_bias, w.ln2, w.ln2_bias, m.dnorm, a.mid, a.ln2_mean, a.ln2_rstd, T);                          // adds to (T,C)
     linear_backward(control(1), m.datt, w.out.grad, m.dresidual, a.att, w.out.work, T, H * D, C, r, key(1), m.scratch, &a.saved[1]);                // -> (T,HD)
     attention_backward(m.dqkv, m.datt, a.qkv, a.att, a.lse, (float*)m.dfc, B, S, H, G, D);                                // -> (T,(H+2G)D)
     if (c.llama) rope_backward(m.dqkv, m.rope, B, S, H, G, D);
     if (!c.llama) bias_backward(w.qkv_bias.grad, m.dqkv, m.reduce, T, m.qkv_width());
     linear_backward(control(0), m.dnorm, w.qkv.grad, m.dqkv, a.ln1, w.qkv.work, T, C, m.qkv_width(), r, key(0), m.scratch, &a.saved[0]);            // -> (T,C)
-    norm_backward(m, m.dresidual, w.ln1, w.ln1_bias, m.dnorm, x, a.ln1_mean, a.ln1_rstd, T);                              // adds to (T,C)
+    norm_backward(m, m.dresidual, l ? m.layers[l - 1].down_bias : Weight{}, w.ln1, w.ln1_bias, m.dnorm, x, a.ln1_mean, a.ln1_rstd, T);                              // adds to (T,C)
   }
   std::vector<int> order(T), start(T + 1), token(T);
   const int segments = sort_tokens(m.host_tokens.data(), T, c.vocab, order.data(), start.data(), token.data());

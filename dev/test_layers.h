@@ -143,7 +143,7 @@ inline void test_references() {
 // GEMM
 
 // One run: D [M,N] inside rows of ldd, operands inside rows of lda and ldb whose rest is NaN.
-struct GemmCase { int M, N, K; bool a_transposed, b_transposed, d_fp32, accumulate, with_alpha; };
+struct GemmCase { int M, N, K; bool a_transposed, b_transposed, d_fp32, accumulate, with_alpha, with_bias, with_c; };
 inline std::vector<floatX> in_wider_rows(const reference::Array& x, int rows, int cols, int ld) {
   std::vector<floatX> y((size_t)rows * ld, from_float<floatX>(NAN));
   for (int r = 0; r < rows; r++)
@@ -159,13 +159,18 @@ template <class DType> void test_gemm_case(const GemmCase& g, Worst& worst, int&
   TestArray<float> scalar(std::vector<float>{alpha});
   std::vector<DType> before((size_t)g.M * ldd);
   for (size_t i = 0; i < before.size(); i++) before[i] = from_float<DType>((int)(i % ldd) < g.N && g.accumulate ? (float)rng.normal() : NAN);
-  TestArray<DType> D(before);
+  TestArray<DType> D(before), C(before);
+  InputX bias(random_array(g.N, rng));
+  if (g.with_c) D.set(std::vector<DType>(before.size(), from_float<DType>(NAN)));                     // what is added lies elsewhere
   Gemm call;
   call.M = g.M; call.N = g.N; call.K = g.K;
   call.A = A.p; call.lda = lda; call.a_transposed = g.a_transposed;
   call.B = B.p; call.ldb = ldb; call.b_transposed = g.b_transposed;
   call.D = D.p; call.ldd = ldd; call.d_fp32 = g.d_fp32; call.accumulate = g.accumulate;
   call.alpha = g.with_alpha ? scalar.p : nullptr;
+  call.bias = g.with_bias ? bias.p : nullptr;
+  call.C = g.with_c ? C.p : nullptr;
+  const std::vector<DType> start = D.host();
   gemm(call);
   std::vector<DType> after = D.host();
   reference::Array exact = reference::gemm(a, b, g.M, g.N, g.K);
@@ -173,15 +178,15 @@ template <class DType> void test_gemm_case(const GemmCase& g, Worst& worst, int&
   for (int m = 0; m < g.M; m++)
     for (int n = 0; n < ldd; n++) {
       size_t i = (size_t)m * ldd + n;
-      if (n >= g.N) { rest_touched += memcmp(&after[i], &before[i], sizeof(DType)) != 0; continue; }
-      double old = g.accumulate ? to_float(before[i]) : 0, terms = std::fabs(old), ref = alpha * exact[(size_t)m * g.N + n] + old;
+      if (n >= g.N) { rest_touched += memcmp(&after[i], &start[i], sizeof(DType)) != 0; continue; }
+      double old = (g.accumulate ? to_float(before[i]) : 0) + (g.with_bias ? bias.values[n] : 0), terms = std::fabs(old), ref = alpha * exact[(size_t)m * g.N + n] + old;
       for (int k = 0; k < g.K; k++) terms += std::fabs(alpha * a[(size_t)m * g.K + k] * b[(size_t)n * g.K + k]);
       double relative = sizeof(DType) == 2 ? 0x1p-8 : kRoundFp32;              // errors of additions walk; tensor cores truncate once for 16 of them
       double r = std::fabs(to_float(after[i]) - ref) / (relative * std::fabs(ref) + 2 * kUlp * (2 + std::sqrt(g.K) + g.K / 16.) * terms);
       if (!(r <= bad)) bad = r == r ? r : INFINITY;
     }
   worst.guards = worst.guards && A.guard_intact() && B.guard_intact() && D.guard_intact();
-  worst.add(bad, shape({g.M, g.N, g.K}) + (g.a_transposed ? " A^T" : "") + (g.b_transposed ? " B^T" : "") + (g.accumulate ? " accumulate" : ""));
+  worst.add(bad, shape({g.M, g.N, g.K}) + (g.a_transposed ? " A^T" : "") + (g.b_transposed ? " B^T" : "") + (g.accumulate ? " accumulate" : "") + (g.with_bias ? " bias" : "") + (g.with_c ? " C" : ""));
 }
 
 inline void test_gemm() {
@@ -192,12 +197,17 @@ inline void test_gemm() {
     int rest_touched = 0;
     for (auto& s : sizes)
       for (int options = 0; options < 8; options++) {
-        GemmCase g{s[0], s[1], s[2], (transposed & 1) != 0, (transposed & 2) != 0, (options & 1) != 0, (options & 2) != 0, (options & 4) != 0};
+        GemmCase g{s[0], s[1], s[2], (transposed & 1) != 0, (transposed & 2) != 0, (options & 1) != 0, (options & 2) != 0, (options & 4) != 0, false, false};
+        g.d_fp32 ? test_gemm_case<float>(g, worst, rest_touched, rng) : test_gemm_case<floatX>(g, worst, rest_touched, rng);
+      }
+    for (auto& s : sizes)                                    // what the epilogue adds, alone and together; a bias only in D's type
+      for (int options = 0; options < 6; options++) {
+        GemmCase g{s[0], s[1], s[2], (transposed & 1) != 0, (transposed & 2) != 0, options == 5, options != 1, options > 2, options < 5, options != 1 && options != 3};
         g.d_fp32 ? test_gemm_case<float>(g, worst, rest_touched, rng) : test_gemm_case<floatX>(g, worst, rest_touched, rng);
       }
     worst.add(rest_touched ? INFINITY : 0, "elements of D beyond column N were written");
     worst.report(std::string("GEMM, A ") + (transposed & 1 ? "[K,M]" : "[M,K]") + ", B " + (transposed & 2 ? "[K,N]" : "[N,K]") +
-                 ": odd sizes, wide rows, floatX and FP32 output, accumulate, alpha");
+                 ": odd sizes, wide rows, floatX and FP32 output, accumulate, alpha, bias, C");
   }
 }
 
@@ -244,6 +254,11 @@ inline void test_gemm_exact() {
 // ------------------------------------------------------------------------------------------------------------------------------
 // Norms
 
+// sums = before + the column sums of dx as it was stored
+inline void compare_dx_sums(Worst& worst, InputFp32& sums, const InputFp32& before, InputX& dx, int T, int C, const std::string& at) {
+  const reference::Array stored = widen(dx.host());
+  worst.compare(sums, sum(before.values, reference::column_sums(stored, T, C)), kRoundFp32, 4 * kUlp * std::sqrt((double)T) * largest(stored), at + " sums of dx");
+}
 template <int kLanes> void test_layernorm(int T, int C, double scale, double mean, Worst& forward, Worst& backward, bool& deterministic, Rng& rng) {
   const float eps = 1e-5f;
   const std::string at = shape({T, C}) + (mean > 1 ? " large mean" : "");
@@ -263,9 +278,11 @@ template <int kLanes> void test_layernorm(int T, int C, double scale, double mea
   for (int run = 0; run < 2; run++) {
     InputX dx(dx0.values), dx_again(dx0.values);
     InputFp32 dw(dw0.values), db(db0.values), dw_again(dw0.values), db_again(db0.values);
-    layernorm_backward<kLanes>(dx.p, dw.p, db.p, dout.p, x.p, w.p, mu.p, rstd.p, scratch.p, T, C);
-    layernorm_backward<kLanes>(dx_again.p, dw_again.p, db_again.p, dout.p, x.p, w.p, mu.p, rstd.p, scratch.p, T, C);
-    deterministic = deterministic && same_bits(dx, dx_again) && same_bits(dw, dw_again) && same_bits(db, db_again);
+    InputFp32 sums(db0.values), sums_again(db0.values);
+    layernorm_backward<kLanes>(dx.p, dw.p, db.p, dout.p, x.p, w.p, mu.p, rstd.p, scratch.p, T, C, run ? sums.p : nullptr);
+    layernorm_backward<kLanes>(dx_again.p, dw_again.p, db_again.p, dout.p, x.p, w.p, mu.p, rstd.p, scratch.p, T, C, sums_again.p);
+    deterministic = deterministic && same_bits(dx, dx_again) && same_bits(dw, dw_again) && same_bits(db, db_again) && same_bits(sums, run ? sums_again : db0);
+    compare_dx_sums(backward, sums_again, db0, dx, T, C, at);
     double size = largest(dout.values) * largest(w.values) * (1 + largest(ref.rstd));
     backward.compare(dx, sum(dx0.values, g.dx), kRoundX, 2 * terms * size, at + " dx");
     backward.compare(dw, sum(dw0.values, g.dweight), kRoundFp32, 2 * terms * largest(dout.values) * std::sqrt((double)T) * 4, at + " dweight");
@@ -289,8 +306,10 @@ template <int kLanes> void test_rmsnorm(int T, int C, Worst& forward, Worst& bac
   reference::NormGradient g = reference::rmsnorm_backward(dout.values, x.values, w.values, T, C, eps);
   InputX dx(dx0.values), dx_again(dx0.values);
   InputFp32 dw(dw0.values), dw_again(dw0.values);
+  InputFp32 sums(dw0.values);
   rmsnorm_backward<kLanes>(dx.p, dw.p, dout.p, x.p, w.p, rstd.p, scratch.p, T, C);
-  rmsnorm_backward<kLanes>(dx_again.p, dw_again.p, dout.p, x.p, w.p, rstd.p, scratch.p, T, C);
+  rmsnorm_backward<kLanes>(dx_again.p, dw_again.p, dout.p, x.p, w.p, rstd.p, scratch.p, T, C, sums.p);
+  compare_dx_sums(backward, sums, dw0, dx, T, C, at);
   deterministic = deterministic && same_bits(dx, dx_again) && same_bits(dw, dw_again);
   double size = largest(dout.values) * largest(w.values) * (1 + largest(ref.rstd)) * 4;
   backward.compare(dx, sum(dx0.values, g.dx), kRoundX, row * size, at + " dx");
@@ -299,7 +318,7 @@ template <int kLanes> void test_rmsnorm(int T, int C, Worst& forward, Worst& bac
 }
 
 template <int kLanes> void test_norms() {
-  const int sizes[][2] = {{1, 1}, {1, 8}, {3, 7}, {5, 64}, {17, 96}, {33, 130}, {9, 768}, {4, 1025}, {130, 40}};
+  const int sizes[][2] = {{1, 1}, {1, 8}, {3, 7}, {5, 64}, {17, 96}, {33, 130}, {9, 768}, {4, 1025}, {130, 40}, {6, 2048}, {3, 2056}};
   Worst ln_forward, ln_backward, rms_forward, rms_backward;
   bool deterministic = true;
   Rng rng(130);
@@ -309,9 +328,9 @@ template <int kLanes> void test_norms() {
   }
   test_layernorm<kLanes>(6, 200, 8, 1000, ln_forward, ln_backward, deterministic, rng);   // E[x^2] - mean^2 would be off by far
   ln_forward.report("LayerNorm forward, a mean 100 times the deviation included" + lanes_name(kLanes));
-  ln_backward.report("LayerNorm backward adds to dx, dweight, dbias" + lanes_name(kLanes));
+  ln_backward.report("LayerNorm backward adds to dx, dweight, dbias, and sums dx" + lanes_name(kLanes));
   rms_forward.report("RMSNorm forward" + lanes_name(kLanes));
-  rms_backward.report("RMSNorm backward adds to dx, dweight" + lanes_name(kLanes));
+  rms_backward.report("RMSNorm backward adds to dx, dweight, and sums dx" + lanes_name(kLanes));
   check("norm gradients: the same bits twice" + lanes_name(kLanes), deterministic, "all sizes");
 }
 

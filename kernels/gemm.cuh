@@ -1,7 +1,8 @@
 // kernels/gemm.cuh -- matrix multiplication behind one small interface.
 //
-// What    D[M,N] = alpha * A B^T (+ D),  contraction over K. Everything is row-major. A is [M,K], or stored as [K,M] with
-//         a_transposed; B is [N,K], or stored as [K,N]. FP32 accumulation; D is floatX, or FP32 (weight gradients).
+// What    D[M,N] = alpha * A B^T (+ C) (+ bias),  contraction over K, C the old D or another matrix; what is added is added in FP32, before the
+//         only rounding: bias and residual cost no pass of their own.
+//         Everything is row-major. A is [M,K], or stored as [K,M] with a_transposed; B is [N,K], or stored as [K,N]. FP32 accumulation; D is floatX, or FP32 (weight gradients).
 // Which   GEMM of a linear layer Y = X W^T (X [T,K], W [N,K]):
 //             fprop  Y  [T,N] = X  [T,K] * W  [N,K]           contraction K
 //             dgrad  dX [T,K] = dY [T,N] * W^T[K,N]           contraction N
@@ -29,7 +30,9 @@ struct Gemm {
   const floatX* A = nullptr; int lda = 0; bool a_transposed = false;   // [M,K], or [K,M]; lda: elements from one stored row to the next
   const floatX* B = nullptr; int ldb = 0; bool b_transposed = false;   // [N,K], or [K,N]
   void* D = nullptr; int ldd = 0; bool d_fp32 = false;                 // [M,N] floatX, or float
-  bool accumulate = false;                                             // add to what D holds
+  bool accumulate = false;                                             // add C
+  const void* C = nullptr;                                             // [M,N] with D's type and row stride; null: what D holds
+  const floatX* bias = nullptr;                                        // [N], added to every row; null: none. (cuBLASLt wants it in D's type.)
   const float* alpha = nullptr;                                        // device scalar; null means 1
 };
 
@@ -93,6 +96,7 @@ inline void gemm(const Gemm& g) {
   cuda_on_cpu::parallel_for(strips_a, [&](size_t s) { pack_strip<kRows>(pa + s * kRows * g.K, g.A, g.lda, g.a_transposed, g.M, g.K, (int)s); });
   cuda_on_cpu::parallel_for(strips_b, [&](size_t s) { pack_strip<kCols>(pb + s * kCols * g.K, g.B, g.ldb, g.b_transposed, g.N, g.K, (int)s); });
   const float alpha = g.alpha ? *g.alpha : 1.0f;
+  const void* C = g.C ? g.C : g.D;
   constexpr int kTaskA = 16, kTaskB = 8;                    // strips in a task: 96 x 128 elements of D
   const int tasks_b = ceil_div(strips_b, kTaskB);
   cuda_on_cpu::parallel_for((size_t)ceil_div(strips_a, kTaskA) * tasks_b, [&](size_t task) {
@@ -102,8 +106,9 @@ inline void gemm(const Gemm& g) {
       tile(t, pa + (size_t)sa * kRows * g.K, pb + (size_t)sb * kCols * g.K, g.K);
       for (int i = 0; i < min(kRows, g.M - sa * kRows); i++) for (int j = 0; j < min(kCols, g.N - sb * kCols); j++) {
         const size_t at = (size_t)(sa * kRows + i) * g.ldd + sb * kCols + j;
-        if (g.d_fp32) { float* d = (float*)g.D + at; *d = alpha * t[i][j] + (g.accumulate ? *d : 0.0f); }
-        else { floatX* d = (floatX*)g.D + at; *d = from_float<floatX>(alpha * t[i][j] + (g.accumulate ? to_float(*d) : 0.0f)); }
+        const float bias = g.bias ? to_float(g.bias[sb * kCols + j]) : 0.0f;
+        if (g.d_fp32) { float* d = (float*)g.D + at; *d = alpha * t[i][j] + (g.accumulate ? ((const float*)C)[at] : 0.0f) + bias; }
+        else { floatX* d = (floatX*)g.D + at; *d = from_float<floatX>(alpha * t[i][j] + (g.accumulate ? to_float(((const floatX*)C)[at]) : 0.0f) + bias); }
       }
     }
   });
@@ -127,7 +132,7 @@ struct CublasLt {
   void* workspace = nullptr;
   float* constants = nullptr;                              // device {0, 1}
   struct Plan { cublasLtMatmulDesc_t desc; cublasLtMatrixLayout_t a, b, d; cublasLtMatmulAlgo_t algo; };
-  using Key = std::tuple<int, int, int, int, int, int, int, int>;
+  using Key = std::tuple<int, int, int, int, int, int, int, int, int>;
   std::map<Key, Plan> plans;
 };
 inline CublasLt& cublaslt() {
@@ -160,6 +165,11 @@ inline CublasLt::Plan make_plan(const Gemm& g) {
   layout(&p.a, type, g.b_transposed ? g.N : g.K, g.b_transposed ? g.K : g.N, g.ldb);
   layout(&p.b, type, g.a_transposed ? g.M : g.K, g.a_transposed ? g.K : g.M, g.lda);
   layout(&p.d, d_type, g.N, g.M, g.ldd);
+  if (g.bias) {                                            // a row of our D is a column of the library's: its bias goes down the column
+    const cublasLtEpilogue_t epilogue = CUBLASLT_EPILOGUE_BIAS;
+    set(CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue);
+    set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, &g.bias, sizeof g.bias);
+  }
   cublasLtMatmulPreference_t preference;
   cublas_check_at(cublasLtMatmulPreferenceCreate(&preference), "cublasLtMatmulPreferenceCreate", g);
   const size_t workspace = CublasLt::kWorkspace;
@@ -174,7 +184,7 @@ inline CublasLt::Plan make_plan(const Gemm& g) {
   };
   alignment(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, g.B);
   alignment(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, g.A);
-  alignment(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, g.D);
+  alignment(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, g.C ? g.C : g.D);
   alignment(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, g.D);
   cublasLtMatmulHeuristicResult_t result = {};
   int found = 0;
@@ -188,13 +198,15 @@ inline CublasLt::Plan make_plan(const Gemm& g) {
 inline void gemm(const Gemm& g) {
   CublasLt& lt = cublaslt();
   auto aligned = [](const void* p) { return (int)min((uintptr_t)256, (uintptr_t)p & -(uintptr_t)p); };
-  const int alignment = min(aligned(g.A), min(aligned(g.B), aligned(g.D)));
-  const CublasLt::Key key = {g.M, g.N, g.K, g.lda, g.ldb, g.ldd, g.a_transposed + 2 * g.b_transposed + 4 * g.d_fp32 + 8 * g.accumulate, alignment};
+  const void* C = g.C ? g.C : g.D;
+  const int alignment = min(min(aligned(g.A), aligned(g.B)), min(aligned(C), aligned(g.D))), bias_alignment = g.bias ? aligned(g.bias) : 0;
+  const CublasLt::Key key = {g.M, g.N, g.K, g.lda, g.ldb, g.ldd, g.a_transposed + 2 * g.b_transposed + 4 * g.d_fp32 + 8 * g.accumulate + 16 * (C != g.D), alignment, bias_alignment};
   auto at = lt.plans.find(key);
   if (at == lt.plans.end()) at = lt.plans.emplace(key, make_plan(g)).first;
   const CublasLt::Plan& p = at->second;
+  if (g.bias) cublas_check_at(cublasLtMatmulDescSetAttribute(p.desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &g.bias, sizeof g.bias), "cublasLtMatmulDescSetAttribute", g);
   const ProfileSpan span("GEMM", g.M, g.N, g.K, gemm_layout(g));
-  cublas_check_at(cublasLtMatmul(lt.handle, p.desc, g.alpha ? g.alpha : lt.constants + 1, g.B, p.a, g.A, p.b, lt.constants + (g.accumulate ? 1 : 0), g.D, p.d, g.D, p.d,
+  cublas_check_at(cublasLtMatmul(lt.handle, p.desc, g.alpha ? g.alpha : lt.constants + 1, g.B, p.a, g.A, p.b, lt.constants + (g.accumulate ? 1 : 0), C, p.d, g.D, p.d,
                                  &p.algo, lt.workspace, CublasLt::kWorkspace, main_stream), "cublasLtMatmul", g);
 }
 inline const char* gemm_way() { return sizeof(floatX) == 2 ? "cuBLASLt BF16 tensor cores, on exact operand values" : "cuBLASLt FP32, on exact operand values"; }

@@ -71,7 +71,9 @@ struct GemmFp4 {
   int lda = 0, ldb = 0;                                                // in elements, multiples of 32. Codes are read up to K rounded up to 32:
                                                                        // zeros, or what a rotation has spread over its last group of 16
   void* D = nullptr; int ldd = 0; bool d_fp32 = false;                 // [M, N] floatX, or float
-  bool accumulate = false;                                             // add to what D holds
+  bool accumulate = false;                                             // add C
+  const void* C = nullptr;                                             // mma only: as D; null: what D holds
+  const floatX* bias = nullptr;                                        // mma only: [N], added to every row
   const float* alpha = nullptr;                                        // device scalar; null means 1
   const float *a_outer = nullptr, *b_outer = nullptr;                  // FP32 scales of 1x128, [rows, ceil(K/128)]; both or neither
   bool mx = false;                                                     // MXFP4: E8M0 scales, one for 32
@@ -103,7 +105,7 @@ inline std::string fp4_refusal(const GemmFp4& g, GemmWay way) {
 
 // =====================================================================================================================================
 // cublaslt. The library is column-major: its A is our B, its B our A, its D [N, M] our D [M, N]; both operands contract along their
-// first dimension (TN, the only form for FP4). alpha and beta stay on the device. Biases are other kernels' work.
+// first dimension (TN, the only form for FP4). alpha and beta stay on the device. Biases and residuals are another kernel's work (run_gemm).
 #ifndef CPU_BUILD
 inline void fp4_cublas_check(cublasStatus_t s, const char* what, const GemmFp4& g) {
   if (s != CUBLAS_STATUS_SUCCESS)
@@ -261,26 +263,30 @@ template <bool kMx, int kThreads, class L> __device__ inline void fp4_load_slab(
   }
 }
 
-// Four neighbouring columns of D, from `column`: times alpha, plus what is there, in D's type.
+// Four neighbouring columns of D, from `column`: times alpha, plus C, plus the bias, in the order of gemm.cuh, then rounded to D's type.
 __device__ inline void fp4_store(const GemmFp4& g, float alpha, int row, int column, const float (&sum)[4]) {
   if (row >= g.M || column >= g.N) return;
   const size_t at = (size_t)row * g.ldd + column;
-  const bool whole = column + 4 <= g.N && g.ldd % 4 == 0 && (uintptr_t)g.D % 16 == 0;
-  auto store = [&](auto* d) {
+  const bool whole = column + 4 <= g.N && g.ldd % 4 == 0 && ((uintptr_t)g.D | (uintptr_t)g.C) % 16 == 0;
+  float bias[4] = {};
+#pragma unroll
+  for (int i = 0; i < 4; i++) if (g.bias && column + i < g.N) bias[i] = to_float(g.bias[column + i]);
+  auto store = [&](auto* d, auto* c) {
     using T = std::remove_pointer_t<decltype(d)>;
     if (whole) {
       Vec<T, 4> out;
-      if (g.accumulate) out = load_vec<4>(d);
+      if (g.accumulate) out = load_vec<4>(c);
 #pragma unroll
-      for (int i = 0; i < 4; i++) { const float y = __fmul_rn(alpha, sum[i]); out.v[i] = from_float<T>(g.accumulate ? __fadd_rn(y, to_float(out.v[i])) : y); }
+      for (int i = 0; i < 4; i++) { const float y = __fmul_rn(alpha, sum[i]); out.v[i] = from_float<T>(__fadd_rn(g.accumulate ? __fadd_rn(y, to_float(out.v[i])) : y, bias[i])); }
       store_vec(d, out);
     } else {
 #pragma unroll
       for (int i = 0; i < 4; i++)
-        if (column + i < g.N) { const float y = __fmul_rn(alpha, sum[i]); d[i] = from_float<T>(g.accumulate ? __fadd_rn(y, to_float(d[i])) : y); }
+        if (column + i < g.N) { const float y = __fmul_rn(alpha, sum[i]); d[i] = from_float<T>(__fadd_rn(g.accumulate ? __fadd_rn(y, to_float(c[i])) : y, bias[i])); }
     }
   };
-  if (g.d_fp32) store((float*)g.D + at); else store((floatX*)g.D + at);
+  const void* C = g.C ? g.C : g.D;
+  if (g.d_fp32) store((float*)g.D + at, (const float*)C + at); else store((floatX*)g.D + at, (const floatX*)C + at);
 }
 
 template <bool kOuter> constexpr int kFp4Threads = kOuter ? 256 : 128;
@@ -354,7 +360,7 @@ __global__ void __launch_bounds__(kFp4Threads<kOuter>, kOuter ? 1 : 2) gemm_fp4_
 
   float alpha = 1;
   if (parts > 1) {                                         // a part of the sum, as it is
-    g.D = workspace + (size_t)part * g.M * g.N; g.ldd = g.N; g.d_fp32 = true; g.accumulate = false;
+    g.D = workspace + (size_t)part * g.M * g.N; g.ldd = g.N; g.d_fp32 = true; g.accumulate = false; g.bias = nullptr;
   } else if (g.alpha) alpha = *g.alpha;
 #pragma unroll
   for (int i = 0; i < 4; i++)

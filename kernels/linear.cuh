@@ -8,11 +8,12 @@
 // where wgrad.x says `source original`, those of X^T, quantized as soon as X is there: 4.5 bits an element (FP8: 8) instead of the 16 of X in
 // BF16, which need not be kept. Further QuEST's masks, one bit an element; and the scales of W for DGE.
 // The other way, `--keep values`: X is kept itself, and the backward pass quantizes everything again, with the same random numbers: the same bits.
-// Biases, activations and residuals are other kernels' work.
+// Bias and residual go in with fprop's GEMM (LinearEpilogue); activations are other kernels' work.
 #pragma once
 #include "estimator.cuh"
 #include "gemm.cuh"
 #include "gemm_fp4.cuh"
+#include "mlp.cuh"        // defines: residual_forward
 #include "quantize.cuh"
 #include "recipe.cuh"
 
@@ -64,6 +65,9 @@ inline bool linear_needs_rotated(const Recipe& r) {
   const bool rotated_forward = (r.fprop.x.format != Format::bf16 && r.fprop.x.rht) || (r.fprop.w.format != Format::bf16 && r.fprop.w.rht);
   return r.estimator.w != Estimator::ste || r.estimator.x != Estimator::ste || rotated_forward;
 }
+
+// What is added to X W^T before it is rounded: bias [N] and residual [T,N]; null: nothing.
+struct LinearEpilogue { const floatX *bias = nullptr, *residual = nullptr; };
 
 // What the forward pass leaves for the backward pass of one layer: packed operands. Allocated with want_linear_saved().
 struct LinearSaved {
@@ -201,14 +205,17 @@ inline void run_gemm(Gemm g, const ReadyOperand& a, const ReadyOperand& b, const
   f.M = g.M; f.N = g.N; f.K = K; f.lda = a.ld; f.ldb = b.ld; f.mx = a.how.format == Format::mxfp4;
   f.a_codes = a.packed.codes; f.a_scales = a.packed.scales; f.a_outer = a.how.outer == Outer::b1x128 ? a.packed.outer : nullptr;
   f.b_codes = b.packed.codes; f.b_scales = b.packed.scales; f.b_outer = b.how.outer == Outer::b1x128 ? b.packed.outer : nullptr;
-  f.D = g.D; f.ldd = g.ldd; f.d_fp32 = g.d_fp32; f.accumulate = g.accumulate; f.alpha = g.alpha;
+  f.D = g.D; f.ldd = g.ldd; f.d_fp32 = g.d_fp32; f.alpha = g.alpha;
+  const bool apart = way == GemmWay::cublaslt && (g.bias || g.C);          // the library's FP4 GEMM has no such epilogue
+  if (!apart) { f.accumulate = g.accumulate; f.C = g.C; f.bias = g.bias; }
   gemm_fp4(f, way);
+  if (apart) residual_forward((floatX*)g.D, (const floatX*)g.C, (const floatX*)g.D, g.bias, g.M, g.N);
 }
 
 // ------------------------------------------------------------------ the layer
-// Y = X W^T. saved: where the operands for the backward pass are kept; null without a backward pass.
+// Y = X W^T + bias + residual. saved: where the operands for the backward pass are kept; null without a backward pass.
 inline void linear_forward(floatX* Y, const floatX* X, const floatX* W, int T, int K, int N, const Recipe& r, LinearKey key,
-                           const LinearScratch& s, LinearSaved* saved = nullptr) {
+                           const LinearScratch& s, LinearSaved* saved = nullptr, LinearEpilogue add = {}) {
   // Outlier control (outliers.cuh) works around this function: it hands in X clamped, or some columns of X and W, and adds the rest to Y.
   const GemmWay way = fp4_way_of(r.fprop.x, r.fprop.w, s.ways);
   const bool both = saves_xt(r, saved) && !saves_x(r) && share_amax(r.fprop.x, r.wgrad.x);
@@ -216,7 +223,7 @@ inline void linear_forward(floatX* Y, const floatX* X, const floatX* W, int T, i
   const ReadyOperand x = prepare_operand(r.fprop.x, {kFpropX, kFpropX, key, way}, X, T, K, false, s, saved && saves_x(r) ? &saved->x : nullptr, both ? s.scalars + 3 : nullptr);
   const ReadyOperand w = prepare_operand(r.fprop.w, {kFpropW, kFpropX, key, way}, W, N, K, false, s, saved && saves_w(r) ? &saved->w : nullptr);
   Gemm g;
-  g.M = T; g.N = N; g.K = K; g.D = Y; g.ldd = N;
+  g.M = T; g.N = N; g.K = K; g.D = Y; g.ldd = N; g.bias = add.bias; g.C = add.residual; g.accumulate = add.residual != nullptr;
   run_gemm(g, x, w, s, way);
   save_xt(X, T, K, r, key, s, saved, both);
 }

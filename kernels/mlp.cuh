@@ -6,7 +6,7 @@
 //                    backward: dout * (s + x * s (1 - s) * 2u'),  s = sigmoid(2u)
 //         swiglu     out = gate * sigmoid(gate) * up
 //                    backward: dup = dout * gate * s,  dgate = dout * up * s (1 + gate (1 - s)),  s = sigmoid(gate)
-//         residual   out = a + b + bias
+//         residual   out = a + b + bias, where no GEMM adds them (gemm.cuh)
 // Shapes  x, out: [T, N] floatX; bias, dbias: [N] FP32; gate_up: [T, 2F], a row = F gates, then F ups. out may be one of the inputs of
 //         the same shape.
 // Source  Hendrycks and Gimpel, arXiv 1606.08415 (tanh form: GPT-2's); Shazeer, arXiv 2002.05202.
@@ -55,25 +55,25 @@ inline size_t bias_backward_scratch(int T, int N) { return (size_t)bias_backward
 template <int kLanes = kRowLanes> void bias_backward(float* dbias, const floatX* dout, float* scratch, int T, int N) {
   const int slots = bias_backward_slots(T, N);
   column_sums_of_slots(scratch, dout, T, N, slots);
-  sum_slots<kLanes>(dbias, scratch, slots, N, N);
+  sum_slots<kLanes>({{dbias}}, 1, scratch, slots, N);
 }
 
 // ------------------------------------------------------------------ residual
-template <int kLanes, int kVec> __global__ void residual_kernel(floatX* out, const floatX* a, const floatX* b, const float* bias, int T, int C) {
+template <int kLanes, int kVec, class BiasT> __global__ void residual_kernel(floatX* out, const floatX* a, const floatX* b, const BiasT* bias, int T, int C) {
   const int row = row_index<kLanes>();
   if (row >= T) return;
   for (int c = row_lane<kLanes>() * kVec; c < C; c += kLanes * kVec) {
     const size_t at = (size_t)row * C + c;
-    const Vec<floatX, kVec> va = load_vec<kVec>(a + at), vb = load_vec<kVec>(b + at);
-    const Vec<float, kVec> w = bias ? load_vec<kVec>(bias + c) : Vec<float, kVec>{};
+    const Vec<floatX, kVec> va = a ? load_vec<kVec>(a + at) : Vec<floatX, kVec>{}, vb = load_vec<kVec>(b + at);
+    const Vec<BiasT, kVec> w = bias ? load_vec<kVec>(bias + c) : Vec<BiasT, kVec>{};
     Vec<floatX, kVec> o;
-    for (int i = 0; i < kVec; i++) o.v[i] = from_float<floatX>(to_float(va.v[i]) + (to_float(vb.v[i]) + w.v[i]));
+    for (int i = 0; i < kVec; i++) o.v[i] = from_float<floatX>(to_float(va.v[i]) + (to_float(vb.v[i]) + to_float(w.v[i])));
     store_vec(out + at, o);
   }
 }
-// out = a + b + bias; bias may be null.
-template <int kLanes = kRowLanes> void residual_forward(floatX* out, const floatX* a, const floatX* b, const float* bias, int T, int C) {
-  auto kernel = C % kVecX == 0 ? residual_kernel<kLanes, kMapVec<kLanes>> : residual_kernel<kLanes, 1>;
+// out = a + b + bias (FP32 or floatX); a and bias may be null.
+template <int kLanes = kRowLanes, class BiasT> void residual_forward(floatX* out, const floatX* a, const floatX* b, const BiasT* bias, int T, int C) {
+  auto kernel = C % kVecX == 0 ? residual_kernel<kLanes, kMapVec<kLanes>, BiasT> : residual_kernel<kLanes, 1, BiasT>;
   launch(kernel, row_grid(T), row_block<kLanes>(), 0, out, a, b, bias, T, C);
 }
 

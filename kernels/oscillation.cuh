@@ -218,12 +218,13 @@ inline ReadyOperand prepare_toward(const floatX* W, int N, int K, const Recipe& 
   return w;
 }
 // linear_forward() with the weights rounded toward their average. What is saved for the backward pass is rounded so as well.
-inline void linear_forward_toward(floatX* Y, const floatX* X, const floatX* W, int T, int K, int N, const Recipe& r, LinearKey key, const LinearScratch& s, LinearSaved* saved, const TowardAverage& q) {
+inline void linear_forward_toward(floatX* Y, const floatX* X, const floatX* W, int T, int K, int N, const Recipe& r, LinearKey key,
+                                  const LinearScratch& s, LinearSaved* saved, const TowardAverage& q, LinearEpilogue add = {}) {
   const GemmWay way = fp4_way_of(r.fprop.x, r.fprop.w, s.ways);
   const ReadyOperand x = prepare_operand(r.fprop.x, {kFpropX, kFpropX, key, way}, X, T, K, false, s, saved && saves_x(r) ? &saved->x : nullptr);
   const ReadyOperand w = prepare_toward(W, N, K, r, key, way, s, saved, q);
   Gemm g;
-  g.M = T; g.N = N; g.K = K; g.D = Y; g.ldd = N;
+  g.M = T; g.N = N; g.K = K; g.D = Y; g.ldd = N; g.bias = add.bias; g.C = add.residual; g.accumulate = add.residual != nullptr;
   run_gemm(g, x, w, s, way);
   save_xt(X, T, K, r, key, s, saved);
 }

@@ -194,14 +194,15 @@ struct LayerControl {
 constexpr uint32_t kOutlierLayers = 1 << 20;           // added to the layer's number: B draws other random numbers than A
 
 inline void forward_columns(floatX* Y, const floatX* X, const floatX* W, int T, int K, int N, const Recipe& r, LinearKey key,
-                            const LinearScratch& s, LinearSaved* saved, const LayerControl& how, const int* columns, int n) {
+                            const LinearScratch& s, LinearSaved* saved, const LayerControl& how, const int* columns, int n,
+                            LinearEpilogue add) {
   const OutlierScratch& o = how.scratch;
   gather_columns(o.x, X, columns, T, n, K);
   gather_columns(o.w, W, columns, N, n, K);
   if (how.toward.average && is_fp4(r.fprop.w.format)) {
     gather_columns(o.average, how.toward.average, columns, N, n, K);
-    linear_forward_toward(Y, o.x, o.w, T, n, N, r, key, s, saved, {o.average, how.toward.packed});
-  } else linear_forward(Y, o.x, o.w, T, n, N, r, key, s, saved);
+    linear_forward_toward(Y, o.x, o.w, T, n, N, r, key, s, saved, {o.average, how.toward.packed}, add);
+  } else linear_forward(Y, o.x, o.w, T, n, N, r, key, s, saved, add);
 }
 // D [M,N] += A B^T
 inline void add_product(void* D, int M, int N, int K, const floatX* A, int lda, bool a_transposed, const floatX* B, int ldb, bool b_transposed,
@@ -215,20 +216,20 @@ inline void add_product(void* D, int M, int N, int K, const floatX* A, int lda, 
 }
 // linear_forward() of linear.cuh under control.
 inline void linear_forward(const LayerControl& how, floatX* Y, const floatX* X, const floatX* W, int T, int K, int N, const Recipe& r,
-                           LinearKey key, const LinearScratch& s, LinearSaved* saved) {
+                           LinearKey key, const LinearScratch& s, LinearSaved* saved, LinearEpilogue add = {}) {
   const OutlierScratch& o = how.scratch;
   if (how.collect) add_column_norms(how.collect, X, T, K, o.norms);
   if (how.split) {
     const int fp8 = how.split->fp8, fp4 = K - fp8;
-    forward_columns(Y, X, W, T, K, N, r, key, s, saved, how, how.split->columns, fp4);
+    forward_columns(Y, X, W, T, K, N, r, key, s, saved, how, how.split->columns, fp4, add);
     key.layer += kOutlierLayers;
-    forward_columns(o.y, X, W, T, K, N, outlier_row(r), key, s, nullptr, how, how.split->columns + fp4, fp8);
+    forward_columns(o.y, X, W, T, K, N, outlier_row(r), key, s, nullptr, how, how.split->columns + fp4, fp8, {});
     return add_to(Y, o.y, (size_t)T * N);
   }
   if (how.occ) occ_split(o.x, o.y, X, T, K, r.occ);
   const floatX* x = how.occ ? o.x : X;
-  if (how.toward.average) linear_forward_toward(Y, x, W, T, K, N, r, key, s, saved, how.toward);
-  else linear_forward(Y, x, W, T, K, N, r, key, s, saved);
+  if (how.toward.average) linear_forward_toward(Y, x, W, T, K, N, r, key, s, saved, how.toward, add);
+  else linear_forward(Y, x, W, T, K, N, r, key, s, saved, add);
   if (how.occ) add_product(Y, T, N, K, o.y, K, false, W, K, false, false);          // Y += (X - Xc) W^T
 }
 

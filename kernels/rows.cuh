@@ -51,32 +51,42 @@ template <int kVec> __device__ inline void write_sums(float* out, Vec<float, kVe
   store_vec(out, sums);
 }
 
-// out[slot, c] = sum of x[r, c] over the rows r of the slot (kAccumulate: added to what is there). x is [rows, cols] with row stride
-// ld, out [slots, cols]. kLanes threads share kVec columns. Grid: (groups of columns, slots), 32 threads a block.
-template <int kLanes, int kVec, bool kAccumulate, class T>
-__global__ void column_sums_kernel(float* out, const T* x, int rows, int cols, int ld, int rows_per_slot) {
-  const int lane = threadIdx.x % kLanes, c = (blockIdx.x * blockDim.x + threadIdx.x) / kLanes * kVec;
-  if (c >= cols) return;
-  const int first = blockIdx.y * rows_per_slot, end = min(rows, first + rows_per_slot);
+// out[0 .. kVec) = the sum of x[r, 0 .. kVec) over rows 0 .. rows, shared by kLanes threads (kAccumulate: added to what is there).
+template <int kLanes, int kVec, bool kAccumulate, class T> __device__ inline void add_columns(float* out, const T* x, int lane, int rows, size_t ld) {
   Vec<float, kVec> sum = {};
 #pragma unroll 8                          // eight loads under way in each thread
-  for (int r = first + lane; r < end; r += kLanes) {
-    const Vec<T, kVec> v = load_vec<kVec>(x + (size_t)r * ld + c);
+  for (int r = lane; r < rows; r += kLanes) {
+    const Vec<T, kVec> v = load_vec<kVec>(x + r * ld);
     for (int i = 0; i < kVec; i++) sum.v[i] += to_float(v.v[i]);
   }
   for (int i = 0; i < kVec; i++) sum.v[i] = lanes_sum<kLanes>(sum.v[i]);
-  if (lane == 0) write_sums<kVec>(out + (size_t)blockIdx.y * cols + c, sum, kAccumulate);
+  if (lane == 0) write_sums<kVec>(out, sum, kAccumulate);
+}
+
+// out[slot, c] = sum of x[r, c] over the rows r of the slot. x is [rows, cols], out [slots, cols]. A thread takes kVec columns. Grid: (groups of
+// columns, slots), 32 threads a block.
+template <int kVec> __global__ void column_sums_kernel(float* out, const floatX* x, int rows, int cols, int rows_per_slot) {
+  const int c = (blockIdx.x * blockDim.x + threadIdx.x) * kVec, first = blockIdx.y * rows_per_slot;
+  if (c >= cols) return;
+  add_columns<1, kVec, false>(out + (size_t)blockIdx.y * cols + c, x + (size_t)first * cols + c, 0, max(0, min(rows - first, rows_per_slot)), cols);
 }
 
 // First stage: scratch[slot, c], each slot with an equal range of the rows.
 inline void column_sums_of_slots(float* scratch, const floatX* x, int rows, int cols, int slots) {
   const bool vectors = cols % kVecX == 0;
-  auto kernel = vectors ? column_sums_kernel<1, kVecX, false, floatX> : column_sums_kernel<1, 1, false, floatX>;
-  launch(kernel, dim3(ceil_div(cols, 32 * (vectors ? kVecX : 1)), slots), 32, 0, scratch, x, rows, cols, cols, ceil_div(rows, slots));
+  auto kernel = vectors ? column_sums_kernel<kVecX> : column_sums_kernel<1>;
+  launch(kernel, dim3(ceil_div(cols, 32 * (vectors ? kVecX : 1)), slots), 32, 0, scratch, x, rows, cols, ceil_div(rows, slots));
 }
-// Last stage: out[c] += sum over the slots. A warp reads 32 slots by 8 columns at a time: whole 32-byte sectors.
-template <int kLanes = kRowLanes> void sum_slots(float* out, const float* scratch, int slots, int cols, int ld) {
+// Last stage, for up to three sums that stand side by side in a row of scratch [slots, outs x cols]: out[i][c] += sum over the slots. A warp reads
+// 32 slots by 8 columns at a time: whole 32-byte sectors.
+struct SumOuts { float* out[3]; };
+template <int kLanes, int kVec> __global__ void sum_slots_kernel(SumOuts to, const float* scratch, int slots, int cols) {
+  const int lane = threadIdx.x % kLanes, c = (blockIdx.x * blockDim.x + threadIdx.x) / kLanes * kVec;
+  if (c >= cols) return;
+  float* out = blockIdx.y == 0 ? to.out[0] : blockIdx.y == 1 ? to.out[1] : to.out[2];
+  add_columns<kLanes, kVec, true>(out + c, scratch + (size_t)blockIdx.y * cols + c, lane, slots, (size_t)gridDim.y * cols);
+}
+template <int kLanes = kRowLanes> void sum_slots(SumOuts to, int outs, const float* scratch, int slots, int cols) {
   const bool vectors = cols % 8 == 0;
-  auto kernel = vectors ? column_sums_kernel<kLanes, 8, true, float> : column_sums_kernel<kLanes, 1, true, float>;
-  launch(kernel, dim3(ceil_div(cols, 32 / kLanes * (vectors ? 8 : 1)), 1), 32, 0, out, scratch, slots, cols, ld, slots);
+  launch(vectors ? sum_slots_kernel<kLanes, 8> : sum_slots_kernel<kLanes, 1>, dim3(ceil_div(cols, 32 / kLanes * (vectors ? 8 : 1)), outs), 32, 0, to, scratch, slots, cols);
 }
