@@ -36,7 +36,7 @@
 #include "kernels/embedding.cuh"   // defines: embedding_forward, embedding_backward, position_embedding_backward, sort_tokens
 #include "kernels/linear.cuh"      // defines: linear_forward, linear_backward; from there gemm, quantize_nvfp4, the table of recipes
 #include "kernels/loss.cuh"        // defines: softmax_cross_entropy
-#include "kernels/mlp.cuh"         // defines: gelu_*, swiglu_*, add_bias, bias_backward, residual_forward
+#include "kernels/mlp.cuh"         // defines: gelu_*, swiglu_*, bias_backward
 #include "kernels/norm.cuh"        // defines: layernorm_*, rmsnorm_*
 #include "kernels/oscillation.cuh" // defines: the windows of OsciReset and Q-Ramping, Q-EMA's average
 #include "kernels/outliers.cuh"    // defines: OutControl's choice of columns, outlier_forward, outlier_backward, OCC
@@ -540,7 +540,8 @@ void allocate_model(Model& m, bool print) {
   // Logits are the largest tensor of a small model: they are computed, turned into their gradient and used up a chunk of rows at a time.
   constexpr size_t kLogitBytes = 512u << 20;
   m.logit_rows = (int)min(T, max((size_t)128, round_up(kLogitBytes / sizeof(floatX) / m.V, (size_t)128)));
-  a.want(&m.logits, (size_t)m.logit_rows * m.V, "logits, a chunk of rows");
+  const size_t attention = m.training ? attention_backward_scratch(m.B, m.S, c.heads, c.head_dim) * sizeof(float) / sizeof(floatX) : 0;
+  a.want(&m.logits, max((size_t)m.logit_rows * m.V, attention), "logits, a chunk of rows");         // attention's backward pass has its scratch there
   a.want(&m.tokens, T, small); a.want(&m.targets, T, small); a.want(&m.losses, T, small); a.want(&m.norm, 2, small);
   if (c.llama) a.want(&m.rope, (size_t)m.S * c.head_dim, small);
   size_t quantized = 0, tiles = 0;
@@ -556,17 +557,19 @@ void allocate_model(Model& m, bool print) {
   a.want(&m.scratch.tiles, tiles, small); a.want(&m.scratch.scalars, kLinearScalars, small);
   if (m.training) {
     a.want(&m.order, T, small); a.want(&m.segment_start, T + 1, small); a.want(&m.segment_token, T, small);
-    const size_t reduce = max(max(norm_backward_scratch((int)T, c.channels), grad_norm_scratch()), max(bias_backward_scratch((int)T, m.qkv_width()), bias_backward_scratch((int)T, m.fc_width())));
+    const size_t reduce = max(max(norm_backward_scratch((int)T, c.channels), grad_norm_scratch()), max(bias_backward_scratch((int)T, m.qkv_width()), gelu_backward_scratch((int)T, m.config.ffn)));
     a.want(&m.reduce, reduce, small);
-    a.want(&m.dresidual, T * C, work); a.want(&m.dnorm, T * C, work); a.want(&m.dfinal, T * C, work); a.want(&m.datt, T * m.att_width(), work); a.want(&m.dqkv, T * m.qkv_width(), work);
-    const size_t attention = attention_backward_scratch(m.B, m.S, c.heads, c.head_dim) * sizeof(float) / sizeof(floatX);
-    a.want(&m.dact, T * F, work); a.want(&m.dfc, max(T * m.fc_width(), attention), work);       // attention's backward pass comes when dfc is used up
+    // The gradients of a branch are used up one after the other: dfinal, dnorm and datt take turns in one buffer, dact and dqkv in another;
+    // GELU's backward pass works in place.
+    a.want(&m.dresidual, T * C, work); a.want(&m.dnorm, T * max(C, (size_t)m.att_width()), work); a.want(&m.dact, T * max(F, (size_t)m.qkv_width()), work);
+    if (c.llama) a.want(&m.dfc, T * m.fc_width(), work);
   }
   if (print) a.print_table();
   const char* full = sizeof(floatX) == 2 ? "BF16" : "FP32";
   if (print && left_out) printf("  --keep codes: the backward pass keeps %.1f MB of packed inputs and weights, and not %.1f MB of inputs in %s\n", packed / 1e6, left_out / 1e6, full);
   if (print && m.training && m.recipe.quantizes() && m.keep == Keep::codes && !codes) printf("  --keep values, not codes: %s; inputs wait in %s, and are quantized again\n", needs_values(m), full);
   a.take();
+  if (m.training) { m.dfinal = m.datt = m.dnorm; m.dqkv = m.dact; if (!c.llama) m.dfc = m.dact; }
   for (int l = 0; l < per_layer; l++) if (!keeps_linear_inputs(m, l)) m.acts[l].ln1 = m.acts[l].ln2 = m.acts[l].act = m.passing;
   m.again.again = true;
   for (int l = 0; l < per_layer && !codes; l++) for (LinearSaved& s : m.acts[l].saved) s = m.again;
@@ -749,12 +752,11 @@ void backward(Model& m, int B, int S, uint32_t micro_step) {
     auto control = [&](int which) { return layer_control(m, l, which); };
     linear_backward(control(3), m.dact, w.down.grad, m.dresidual, a.act, w.down.work, T, F, C, r, key(3), m.scratch, &a.saved[3]);                   // (T,C) -> (T,F)
     if (c.llama) swiglu_backward(m.dfc, m.dact, a.fc, T, F);                                                              // -> (T,2F)
-    else gelu_backward(m.dfc, m.dact, a.fc, (size_t)T * F);                                                               // -> (T,F)
-    if (!c.llama) bias_backward(w.fc_bias.grad, m.dfc, m.reduce, T, F);
+    else gelu_backward(m.dfc, w.fc_bias.grad, m.dact, a.fc, m.reduce, T, F);                                              // -> (T,F)
     linear_backward(control(2), m.dnorm, w.fc.grad, m.dfc, a.ln2, w.fc.work, T, C, m.fc_width(), r, key(2), m.scratch, &a.saved[2]);                // -> (T,C)
     norm_backward(m, m.dresidual, w.out_bias, w.ln2, w.ln2_bias, m.dnorm, a.mid, a.ln2_mean, a.ln2_rstd, T);                          // adds to (T,C)
     linear_backward(control(1), m.datt, w.out.grad, m.dresidual, a.att, w.out.work, T, H * D, C, r, key(1), m.scratch, &a.saved[1]);                // -> (T,HD)
-    attention_backward(m.dqkv, m.datt, a.qkv, a.att, a.lse, (float*)m.dfc, B, S, H, G, D);                                // -> (T,(H+2G)D)
+    attention_backward(m.dqkv, m.datt, a.qkv, a.att, a.lse, (float*)m.logits, B, S, H, G, D);                                // -> (T,(H+2G)D)
     if (c.llama) rope_backward(m.dqkv, m.rope, B, S, H, G, D);
     if (!c.llama) bias_backward(w.qkv_bias.grad, m.dqkv, m.reduce, T, m.qkv_width());
     linear_backward(control(0), m.dnorm, w.qkv.grad, m.dqkv, a.ln1, w.qkv.work, T, C, m.qkv_width(), r, key(0), m.scratch, &a.saved[0]);            // -> (T,C)

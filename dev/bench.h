@@ -92,16 +92,16 @@ inline void bench() {
     quantizer("wgrad dY^T: 1x16 SR RHT16, column copy", T, F, true, false, true, 16, packed);
     quantizer("wgrad X^T: 1x16 RN RHT16, column copy", T, F, true, false, false, 16, packed);
   }
-  float *stat = device_alloc<float>(2 * T), *weight = bench_random<float>(n / 4), *reduce = device_alloc<float>(std::max(std::max(norm_backward_scratch(T, C), grad_norm_scratch()), bias_backward_scratch(T, F)));
+  float *stat = device_alloc<float>(2 * T), *weight = bench_random<float>(n / 4), *reduce = device_alloc<float>(std::max(std::max(norm_backward_scratch(T, C), grad_norm_scratch()), std::max(bias_backward_scratch(T, F), gelu_backward_scratch(T, F))));
   float *grad = device_alloc<float>(n / 4), *m = device_alloc<float>(n / 4), *v = device_alloc<float>(n / 4);
   device_zero(grad, n / 4); device_zero(m, n / 4); device_zero(v, n / 4);
   const double tc = (double)T * C;
   row("layernorm forward", 2 * X * tc, [&] { layernorm_forward(y, stat, stat + T, x, weight, weight + C, T, C, 1e-5f); });
-  row("layernorm backward", 4 * X * tc, [&] { layernorm_backward(z, grad, grad + C, y, x, weight, stat, stat + T, reduce, T, C); });
+  row("layernorm backward, with a bias gradient", 4 * X * tc, [&] { layernorm_backward(z, grad, grad + C, y, x, weight, stat, stat + T, reduce, T, C, grad + 2 * C); });
   row("rmsnorm forward", 2 * X * tc, [&] { rmsnorm_forward(y, stat + T, x, weight, T, C, 1e-5f); });
   row("rmsnorm backward", 4 * X * tc, [&] { rmsnorm_backward(z, grad, y, x, weight, stat + T, reduce, T, C); });
   row("GELU forward", 2 * X * e, [&] { gelu_forward(y, x, n); });
-  row("GELU backward", 3 * X * e, [&] { gelu_backward(z, y, x, n); });
+  row("GELU backward, with the bias gradient", 3 * X * e, [&] { gelu_backward(z, grad, y, x, reduce, T, F); });
   row("SwiGLU forward", 1.5 * X * e, [&] { swiglu_forward(y, x, T, F / 2); });
   row("SwiGLU backward", 2.5 * X * e, [&] { swiglu_backward(z, y, x, T, F / 2); });
   row("bias gradient", X * e, [&] { bias_backward(grad, x, reduce, T, F); });

@@ -374,7 +374,7 @@ inline void test_rope() {
 // Bias, residual, GELU, SwiGLU
 
 template <int kLanes> void test_mlp() {
-  Worst bias, bias_gradient, residual, forward, backward;
+  Worst bias, bias_gradient, residual, gelu, forward, backward;
   bool deterministic = true;
   Rng rng(150);
   const int sizes[][2] = {{1, 1}, {3, 7}, {5, 64}, {33, 130}, {9, 768}, {130, 40}, {257, 9}};
@@ -389,7 +389,7 @@ template <int kLanes> void test_mlp() {
     reference::Array with_bias = x.values, both = sum(a.values, b.values), all = both;
     for (size_t i = 0; i < n; i++) { with_bias[i] += w.values[i % N]; all[i] += w.values[i % N]; }
     double small = kUlp * (largest(x.values) + largest(a.values) + largest(b.values) + largest(w.values));
-    add_bias<kLanes>(x.p, w.p, T, N);
+    residual_forward<kLanes>(x.p, (const floatX*)nullptr, x.p, w.p, T, N);
     bias.compare(x, with_bias, kRoundX, small, at);
     residual_forward<kLanes>(out.p, a.p, b.p, w.p, T, N);
     residual.compare(out, all, kRoundX, small, at + " with bias");
@@ -402,6 +402,18 @@ template <int kLanes> void test_mlp() {
     bias_backward<kLanes>(dbias_again.p, dout.p, scratch.p, T, N);
     deterministic = deterministic && same_bits(dbias, dbias_again) && scratch.guard_intact();
     bias_gradient.compare(dbias, gradient, kRoundFp32, 4 * kUlp * std::sqrt((double)T) * largest(dout.values), at);
+    // GELU's backward pass sums what it stored
+    TestArray<floatX> dx(n), dx_again(n);
+    TestArray<float> gelu_scratch(gelu_backward_scratch(T, N));
+    InputFp32 sums(dbias.values), sums_again(dbias.values);
+    gelu_backward<kLanes>(dx.p, sums.p, dout.p, x.p, gelu_scratch.p, T, N);
+    gelu_backward<kLanes>(dx_again.p, sums_again.p, dout.p, x.p, gelu_scratch.p, T, N);
+    deterministic = deterministic && same_bits(sums, sums_again) && gelu_scratch.guard_intact();
+    const std::vector<floatX> x_now = x.host();
+    reference::Array stored = widen(dx.host()), slope(n);
+    for (size_t i = 0; i < n; i++) slope[i] = dout.values[i] * reference::gelu_derivative(to_float(x_now[i]));
+    gelu.compare(dx, slope, kRoundX + 8 * kUlp, 48 * kUlp * largest(dout.values), at);
+    gelu.compare(sums, sum(dbias.values, reference::column_sums(stored, T, N)), kRoundFp32, 4 * kUlp * std::sqrt((double)T) * largest(stored), at + " dbias");
     swiglu_forward<kLanes>(out.p, gate_up.p, T, N);
     reference::Array ref = reference::swiglu(gate_up.values, T, N);
     forward.compare(out, ref, kRoundX + 16 * kUlp, 0, at);
@@ -409,10 +421,11 @@ template <int kLanes> void test_mlp() {
     ref = reference::swiglu_backward(dout.values, gate_up.values, T, N);
     backward.compare(dgate_up, ref, kRoundX + 8 * kUlp, 4 * kUlp * largest(dout.values) * largest(gate_up.values), at);
   }
-  bias.report("add_bias" + lanes_name(kLanes));
+  bias.report("residual: b + bias, in place" + lanes_name(kLanes));
   residual.report("residual: a + b, and a + b + bias" + lanes_name(kLanes));
   bias_gradient.report("bias gradient adds the column sums" + lanes_name(kLanes));
-  check("bias gradient: the same bits twice" + lanes_name(kLanes), deterministic, "all sizes");
+  gelu.report("GELU backward, and the bias gradient that it adds" + lanes_name(kLanes));
+  check("bias gradients: the same bits twice" + lanes_name(kLanes), deterministic, "all sizes");
   forward.report("SwiGLU forward" + lanes_name(kLanes));
   backward.report("SwiGLU backward" + lanes_name(kLanes));
 }
@@ -427,12 +440,14 @@ inline void test_activations() {
     InputX x(data), dout(random_array(n, rng));
     TestArray<floatX> out(n), dx(n);
     gelu_forward(out.p, x.p, n);
-    gelu_backward(dx.p, dout.p, x.p, n);
+    TestArray<float> scratch(gelu_backward_scratch(1, n));
+    gelu_backward(dx.p, nullptr, dout.p, x.p, scratch.p, 1, n);
     reference::Array ref(n), gradient(n);
     for (size_t i = 0; i < n; i++) { ref[i] = reference::gelu(x.values[i]); gradient[i] = dout.values[i] * reference::gelu_derivative(x.values[i]); }
     forward.compare(out, ref, kRoundX + 8 * kUlp, 12 * kUlp, std::to_string(n));                    // tanh near -1 cancels: |x| ulp
     backward.compare(dx, gradient, kRoundX + 8 * kUlp, 48 * kUlp * largest(dout.values), std::to_string(n));
-    gelu_backward(dout.p, dout.p, x.p, n);
+    gelu_backward(dout.p, nullptr, dout.p, x.p, scratch.p, 1, n);
+    forward.guards = forward.guards && scratch.guard_intact();
     gelu_forward(x.p, x.p, n);
     forward.compare(x, ref, kRoundX + 8 * kUlp, 12 * kUlp, std::to_string(n) + " in place");
     backward.compare(dout, gradient, kRoundX + 8 * kUlp, 48 * kUlp * largest(dout.values), std::to_string(n) + " in place");

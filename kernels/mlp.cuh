@@ -1,16 +1,17 @@
 // kernels/mlp.cuh -- what stands between the GEMMs of a block: bias, GELU, SwiGLU, residual.
 //
-// What    add_bias   x += bias                          backward: dbias += column sums of dout (rows.cuh)
+// What    bias       added by the GEMM (gemm.cuh); backward: dbias += column sums of dout (rows.cuh)
 //         gelu       out = x/2 (1 + tanh(u)),  u = sqrt(2/pi) (x + 0.044715 x^3)
 //                    computed as x * sigmoid(2u), the same function: one exponential and one division, and no cancellation in 1 + tanh
-//                    backward: dout * (s + x * s (1 - s) * 2u'),  s = sigmoid(2u)
+//                    backward: dx = dout * (s + x * s (1 - s) * 2u'),  s = sigmoid(2u); and, while dx is in registers, the gradient of the
+//                    bias below it, dbias += column sums of dx, which would read dx again (403 MB at 65536 x 3072: 160 us on an H100)
 //         swiglu     out = gate * sigmoid(gate) * up
 //                    backward: dup = dout * gate * s,  dgate = dout * up * s (1 + gate (1 - s)),  s = sigmoid(gate)
 //         residual   out = a + b + bias, where no GEMM adds them (gemm.cuh)
 // Shapes  x, out: [T, N] floatX; bias, dbias: [N] FP32; gate_up: [T, 2F], a row = F gates, then F ups. out may be one of the inputs of
 //         the same shape.
 // Source  Hendrycks and Gimpel, arXiv 1606.08415 (tanh form: GPT-2's); Shazeer, arXiv 2002.05202.
-// Cost    bytes an element, BF16: add_bias 4, its backward 2, gelu 4, backward 6, swiglu 6, backward 10 (an element of out), residual 6.
+// Cost    bytes an element, BF16: bias backward 2, gelu 4, backward 6, swiglu 6, backward 10 (an element of out), residual 6.
 //         gelu and swiglu are 20 to 30 operations an element: still bound by memory on a GPU, by the exponential on a CPU.
 // Error   FP32 inside, one rounding to floatX.
 #pragma once
@@ -28,23 +29,6 @@ __device__ inline float sigmoid(float x) {
 }
 
 // ------------------------------------------------------------------ bias
-template <int kLanes, int kVec> __global__ void add_bias_kernel(floatX* x, const float* bias, int T, int N) {
-  const int row = row_index<kLanes>();
-  if (row >= T) return;
-  x += (size_t)row * N;
-  for (int c = row_lane<kLanes>() * kVec; c < N; c += kLanes * kVec) {
-    Vec<floatX, kVec> v = load_vec<kVec>(x + c);
-    const Vec<float, kVec> b = load_vec<kVec>(bias + c);
-    for (int i = 0; i < kVec; i++) v.v[i] = from_float<floatX>(to_float(v.v[i]) + b.v[i]);
-    store_vec(x + c, v);
-  }
-}
-// x[t, n] += bias[n], in place.
-template <int kLanes = kRowLanes> void add_bias(floatX* x, const float* bias, int T, int N) {
-  auto kernel = N % kVecX == 0 ? add_bias_kernel<kLanes, kMapVec<kLanes>> : add_bias_kernel<kLanes, 1>;
-  launch(kernel, row_grid(T), row_block<kLanes>(), 0, x, bias, T, N);
-}
-
 // Ranges of rows that are summed apart: on a GPU 512 threads a multiprocessor, each with several loads under way, keep the memory busy.
 inline int bias_backward_slots(int T, int N) {
   const int fill = kOnCpu ? 64 : max(1, multiprocessors() * 512 / ceil_div(N, kVecX));
@@ -85,25 +69,63 @@ __device__ inline float gelu_derivative(float x) {
   return s + x * s * (1 - s) * (2 * kGeluA * (1 + 3 * kGeluB * x * x));
 }
 
-// kBackward: out = dout * gelu'(x); else out = gelu(x), and dout is not read.
-template <bool kBackward, int kVec> __global__ void gelu_kernel(floatX* out, const floatX* dout, const floatX* x, size_t n) {
+template <int kVec> __global__ void gelu_forward_kernel(floatX* out, const floatX* x, size_t n) {
   const size_t begin = flat_begin<kVec>(), end = min(begin + kFlatRun * kVec, n);
   for (size_t at = begin; at < end; at += kVec) {
-    const Vec<floatX, kVec> v = load_vec<kVec>(x + at), d = kBackward ? load_vec<kVec>(dout + at) : Vec<floatX, kVec>{};
+    const Vec<floatX, kVec> v = load_vec<kVec>(x + at);
     Vec<floatX, kVec> o;
-    for (int i = 0; i < kVec; i++) {
-      const float f = to_float(v.v[i]);
-      o.v[i] = from_float<floatX>(kBackward ? to_float(d.v[i]) * gelu_derivative(f) : gelu(f));
-    }
+    for (int i = 0; i < kVec; i++) o.v[i] = from_float<floatX>(gelu(to_float(v.v[i])));
     store_vec(out + at, o);
   }
 }
-template <bool kBackward> void gelu_launch(floatX* out, const floatX* dout, const floatX* x, size_t n) {
+inline void gelu_forward(floatX* out, const floatX* x, size_t n) {
   const bool vectors = n % kVecX == 0;
-  launch(vectors ? gelu_kernel<kBackward, kVecX> : gelu_kernel<kBackward, 1>, flat_grid(n, vectors ? kVecX : 1), kFlatThreads, 0, out, dout, x, n);
+  launch(vectors ? gelu_forward_kernel<kVecX> : gelu_forward_kernel<1>, flat_grid(n, vectors ? kVecX : 1), kFlatThreads, 0, out, x, n);
 }
-inline void gelu_forward(floatX* out, const floatX* x, size_t n) { gelu_launch<false>(out, nullptr, x, n); }
-inline void gelu_backward(floatX* dx, const floatX* dout, const floatX* x, size_t n) { gelu_launch<true>(dx, dout, x, n); }
+
+// A thread takes kVec columns and walks down the rows of its slot, as in column_sums_kernel. sums: [slots, N].
+constexpr int kGeluThreads = kOnCpu ? 1 : 128;
+template <int kVec>
+__global__ void __launch_bounds__(kGeluThreads, 8) gelu_backward_kernel(floatX* dx, float* sums, const floatX* dout, const floatX* x, int T, int N, int rows_per_slot) {
+  const int c = (blockIdx.x * blockDim.x + threadIdx.x) * kVec;
+  if (c >= N) return;
+  const int first = blockIdx.y * rows_per_slot, end = min(T, first + rows_per_slot);
+  Vec<float, kVec> sum = {};
+  constexpr int kRows = kOnCpu ? 1 : 2;                      // loaded before the first store: dx may be dout, so the compiler cannot move a load up
+  for (int r = first; r < end; r += kRows) {
+    Vec<floatX, kVec> v[kRows], d[kRows];
+#pragma unroll
+    for (int j = 0; j < kRows; j++) {
+      const size_t at = (size_t)min(r + j, end - 1) * N + c;
+      v[j] = load_vec<kVec>(x + at);
+      d[j] = load_vec<kVec>(dout + at);
+    }
+#pragma unroll
+    for (int j = 0; j < kRows; j++) {
+      if (r + j >= end) break;
+      Vec<floatX, kVec> o;
+      for (int i = 0; i < kVec; i++) {
+        o.v[i] = from_float<floatX>(to_float(d[j].v[i]) * gelu_derivative(to_float(v[j].v[i])));
+        sum.v[i] += to_float(o.v[i]);
+      }
+      store_vec(dx + (size_t)(r + j) * N + c, o);
+    }
+  }
+  store_vec(sums + (size_t)blockIdx.y * N + c, sum);
+}
+// Slots: one wave of blocks, 1024 threads a multiprocessor.
+inline int gelu_backward_slots(int T, int N) {
+  const int fill = kOnCpu ? 64 : max(1, multiprocessors() * (1024 / kGeluThreads) / ceil_div(ceil_div(N, kVecX), kGeluThreads));
+  return min(T, fill);
+}
+inline size_t gelu_backward_scratch(int T, int N) { return (size_t)gelu_backward_slots(T, N) * N; }   // floats
+// dx = dout * gelu'(x), [T, N]; dbias += the column sums of dx, unless it is null. dx may be dout.
+template <int kLanes = kRowLanes> void gelu_backward(floatX* dx, float* dbias, const floatX* dout, const floatX* x, float* scratch, int T, int N) {
+  constexpr int kVec = kLanes == 1 ? 64 : kVecX;             // on the CPU vectors are so long that the compiler makes SIMD loops of them
+  const int slots = gelu_backward_slots(T, N), vec = N % kVec == 0 ? kVec : 1;
+  launch(vec > 1 ? gelu_backward_kernel<kVec> : gelu_backward_kernel<1>, dim3(ceil_div(N, vec * kGeluThreads), slots), kGeluThreads, 0, dx, scratch, dout, x, T, N, ceil_div(T, slots));
+  if (dbias) sum_slots<kLanes>({{dbias}}, 1, scratch, slots, N);
+}
 
 // ------------------------------------------------------------------ SwiGLU
 template <int kLanes, int kVec> __global__ void swiglu_forward_kernel(floatX* out, const floatX* gate_up, int T, int F) {
