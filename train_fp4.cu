@@ -392,6 +392,7 @@ struct Model {
   std::vector<LayerWeights> layers;
   size_t elements = 0;                 // of all parameters, each padded to 64
   float *master, *grads;               // (elements) each
+  uint8_t* decayed;                    // (elements / 64): 1 where weight decay applies
   AdamFormats adam;
   char *m, *v, *m_scale;               // AdamW's states: (elements) each of the format's bytes; scales of an FP8 m, one for 128 elements of a parameter
   size_t state_blocks = 0;             // of all parameters
@@ -511,6 +512,7 @@ void allocate_model(Model& m, bool print) {
   if (sizeof(floatX) == 2) a.want(&m.work, m.elements, "weights, BF16");
   if (m.training) {
     a.want(&m.grads, m.elements, "gradients, FP32");
+    a.want(&m.decayed, m.elements / kDecayGroup, "tokens, losses, reductions");
     a.want(&m.m, m.elements * state_bytes(m.adam.m), m.adam.m == StateFormat::fp32 ? "AdamW m, FP32" : m.adam.m == StateFormat::bf16 ? "AdamW m, BF16" : m.adam.e8m0 ? "AdamW m, E4M3 with E8M0 scales" : "AdamW m, E4M3 with FP32 scales");
     if (m.adam.m == StateFormat::fp8) a.want(&m.m_scale, m.state_blocks * state_scale_bytes(m.adam), m.adam.e8m0 ? "AdamW m, E4M3 with E8M0 scales" : "AdamW m, E4M3 with FP32 scales");
     a.want(&m.v, m.elements * state_bytes(m.adam.v), m.adam.v == StateFormat::fp32 ? "AdamW v, FP32" : "AdamW v, BF16");
@@ -607,6 +609,10 @@ void zero_padding_and_optimizer(Model& m) {
   device_zero(m.m, m.elements * state_bytes(m.adam.m));
   device_zero(m.v, m.elements * state_bytes(m.adam.v));
   if (m.adam.m == StateFormat::fp8) device_zero(m.m_scale, m.state_blocks * state_scale_bytes(m.adam));
+  std::vector<uint8_t> decayed(m.elements / kDecayGroup);
+  for (const Param& p : m.params) std::fill_n(decayed.begin() + p.offset / kDecayGroup, ceil_div(p.size(), kDecayGroup), (uint8_t)p.decay);
+  to_device(m.decayed, decayed.data(), decayed.size());
+  device_sync();
   start_control(m);
 }
 
@@ -805,6 +811,10 @@ Ramp ramp_of(const Model& m, const Param& p) {
 }
 // AdamW on every parameter; step counts from 1. Uses the clip scale that gradient_norm() left on the device.
 void update(Model& m, AdamW adamw, float weight_decay) {
+  if (m.adam.all_fp32() && !m.control.ramp.sum) {               // all parameters at once
+    adamw.weight_decay = weight_decay;
+    return adamw_update(m.master, sizeof(floatX) == 2 ? m.work : nullptr, (float*)m.m, (float*)m.v, m.grads, m.norm + 1, m.elements, adamw, m.decayed);
+  }
   constexpr uint32_t kStream = 0xA0000000;                      // streams of the linear layers begin at 0, fresh signs at 0x80000000
   for (size_t i = 0; i < m.params.size(); i++) {
     const Param& p = m.params[i];

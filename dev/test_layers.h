@@ -640,6 +640,24 @@ inline void test_adamw() {
   weights.report("AdamW: five steps as torch.optim.AdamW, the gradient scaled");
   moments.report("AdamW: moments");
   check("AdamW: the working copy is the master weight, rounded once; it may be absent", copies == 0, "%d differ", copies);
+  // several parameters in a row: the same bits as one by one, groups of 64 with and without decay
+  {
+    const size_t n = 320;
+    const int groups[] = {1, 0, 0, 1, 0};
+    AdamW o{3e-3f, .9f, .95f, 1e-8f, .1f, 3};
+    InputFp32 w(random_array(n, rng)), g(random_array(n, rng)), m1(random_array(n, rng)), m2(random_array(n, rng)), w_one(w.values), m1_one(m1.values), m2_one(m2.values);
+    for (double& x : m2.values) x = std::fabs(x);
+    TestArray<float> v(narrow<float>(m2.values)), v_one(narrow<float>(m2.values)), scale(std::vector<float>{.5f});
+    TestArray<uint8_t> decayed(std::vector<uint8_t>(groups, groups + 5));
+    TestArray<floatX> copy(n), copy_one(n);
+    adamw_update(w.p, copy.p, m1.p, v.p, g.p, scale.p, n, o, decayed.p);
+    for (size_t i = 0; i < 5; i++) {
+      AdamW one = o;
+      one.weight_decay = groups[i] ? o.weight_decay : 0;
+      adamw_update(w_one.p + 64 * i, copy_one.p + 64 * i, m1_one.p + 64 * i, v_one.p + 64 * i, g.p + 64 * i, scale.p, 64, one);
+    }
+    check("AdamW: all parameters in one launch have the bits of one launch each", same_bits(w, w_one) && same_bits(copy, copy_one) && same_bits(m1, m1_one) && same_bits(v, v_one), "320 elements");
+  }
   // a late step: 1 - beta2^t must not be lost, and a zero gradient with no history must not divide by zero
   AdamW late;
   late.lr = 1e-3f; late.beta1 = .9f; late.beta2 = .999f; late.eps = 1e-8f; late.weight_decay = 0; late.step = 100000;
