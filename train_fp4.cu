@@ -540,8 +540,11 @@ void allocate_model(Model& m, bool print) {
   if (left_out) a.want(&m.passing, T * max(C, F), flow);
   a.want(&m.embedded, T * C, flow); a.want(&m.final, T * C, flow); a.want(&m.final_mean, T, flow); a.want(&m.final_rstd, T, flow);
   // Logits are the largest tensor of a small model: they are computed, turned into their gradient and used up a chunk of rows at a time.
-  constexpr size_t kLogitBytes = 512u << 20;
-  m.logit_rows = (int)min(T, max((size_t)128, round_up(kLogitBytes / sizeof(floatX) / m.V, (size_t)128)));
+  // A chunk has rows for whole waves of tiles of 128 x 256 in the GEMM with the narrow result, dfinal = dlogits lm_head. Larger chunks add to the
+  // gradient of the lm_head less often.
+  constexpr size_t kLogitBytes = 1152u << 20;
+  const size_t most = max((size_t)128, kLogitBytes / sizeof(floatX) / m.V / 128 * 128), wave = kOnCpu ? 128 : 128 * max((size_t)1, multiprocessors() / ceil_div(C, (size_t)256));
+  m.logit_rows = (int)min(T, most >= wave ? most / wave * wave : most);
   const size_t attention = m.training ? attention_backward_scratch(m.B, m.S, c.heads, c.head_dim) * sizeof(float) / sizeof(floatX) : 0;
   a.want(&m.logits, max((size_t)m.logit_rows * m.V, attention), "logits, a chunk of rows");         // attention's backward pass has its scratch there
   a.want(&m.tokens, T, small); a.want(&m.targets, T, small); a.want(&m.losses, T, small); a.want(&m.norm, 2, small);
