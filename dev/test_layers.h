@@ -179,7 +179,8 @@ template <class DType> void test_gemm_case(const GemmCase& g, Worst& worst, int&
     for (int n = 0; n < ldd; n++) {
       size_t i = (size_t)m * ldd + n;
       if (n >= g.N) { rest_touched += memcmp(&after[i], &start[i], sizeof(DType)) != 0; continue; }
-      double old = (g.accumulate ? to_float(before[i]) : 0) + (g.with_bias ? bias.values[n] : 0), terms = std::fabs(old), ref = alpha * exact[(size_t)m * g.N + n] + old;
+      const double from_c = g.accumulate ? to_float(before[i]) : 0, from_bias = g.with_bias ? bias.values[n] : 0, old = from_c + from_bias;
+      double terms = std::fabs(from_c) + std::fabs(from_bias), ref = alpha * exact[(size_t)m * g.N + n] + old;
       for (int k = 0; k < g.K; k++) terms += std::fabs(alpha * a[(size_t)m * g.K + k] * b[(size_t)n * g.K + k]);
       double relative = sizeof(DType) == 2 ? 0x1p-8 : kRoundFp32;              // errors of additions walk; tensor cores truncate once for 16 of them
       double r = std::fabs(to_float(after[i]) - ref) / (relative * std::fabs(ref) + 2 * kUlp * (2 + std::sqrt(g.K) + g.K / 16.) * terms);
