@@ -93,11 +93,12 @@ inline std::vector<float> difficult_floats() {
 }
 
 // One kernel for all conversions, so that the same source line is tested on the device and on the host.
-enum FormatFunction { kE2m1Encode, kE2m1Decode, kE4m3Encode, kE4m3Decode, kE8m0Floor, kE8m0Ceil, kE8m0Decode, kBf16, kE2m1EncodeSr };
+enum FormatFunction { kE2m1Encode, kE2m1Decode, kE4m3Encode, kE4m3Decode, kE8m0Floor, kE8m0Ceil, kE8m0Decode, kBf16, kE2m1EncodeSr, kE2m1EncodeByte };
 __host__ __device__ inline uint32_t format_function(int which, float x, float u) {
   switch (which) {
     case kE2m1Encode: return (uint32_t)e2m1_encode(x);
     case kE2m1EncodeSr: return (uint32_t)e2m1_encode_sr(x, u);
+    case kE2m1EncodeByte: return (uint32_t)(e2m1_sign(x) | e2m1_index(e2m1_round_byte(fabsf(x), 255 - (uint32_t)(u * 256))));
     case kE4m3Encode: return e4m3_encode(x);
     case kE8m0Floor: return e8m0_encode_floor(x);
     case kE8m0Ceil: return e8m0_encode_ceil(x);
@@ -176,6 +177,11 @@ inline void test_stochastic_encode() {
       }
   for (float special : {0.f, -0.f, 1e-38f, 1e-45f, 5.9999995f, 6.f, 6.375f, 1e30f, INFINITY, -INFINITY, NAN}) { x.push_back(special); u.push_back(1 / 512.f); }
   check_format("E2M1 stochastic: hi where u < (|v|-lo)/(hi-lo), for all 256 values of u", kE2m1EncodeSr, false, x, u,
+               [](float v, float r) { return reference::e2m1_sr(v, r); });
+  for (int r = 0; r < 256; r++)                             // every BF16 value from 2^-14 to 8, with every tenth byte
+    for (uint32_t high = 0x3880; high < 0x4100; high++) if ((high + r) % 10 == 0) { x.push_back(bits_float(high << 16)); u.push_back((2 * r + 1) / 512.f); }
+  for (int i = 0; i < 100000; i++) { x.push_back((float)(rng.normal() * 3)); u.push_back((2 * (float)rng.below(256) + 1) / 512.f); }
+  check_format("E2M1 stochastic, as the quantizers round, with a byte: the same", kE2m1EncodeByte, false, x, u,
                [](float v, float r) { return reference::e2m1_sr(v, r); });
   Mismatches exact;
   for (int code = 0; code < 16; code++)

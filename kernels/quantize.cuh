@@ -39,6 +39,7 @@
 #include "formats.cuh"
 #include "hadamard.cuh"
 #include "philox.cuh"
+#include "ptx.cuh"
 #include "recipe.cuh"
 
 struct Operand4 {
@@ -144,11 +145,11 @@ template <class T> void dequantize(T* out, const Operand4& p, const OperandRecip
 // The row copy reads 32 contiguous bytes a thread. For the column copy the 4 warps of a block bring a tile of 128 rows x 64 columns of the source into
 // shared memory, by whole 128-byte lines, and read it from there down its columns. Both write 256 contiguous bytes a row.
 constexpr int kStripThreads = 128;          // of a block on a GPU
-template <int kUnitColumns, bool kWarpAStrip> struct Share {
+template <int kUnitColumns, bool kWarpAStrip, int kWarpUnits = 1> struct Share {
   static constexpr bool kWarp = kWarpAStrip;
   static constexpr int kUnit = kUnitColumns;                   // columns of a block: 16, or 32 for MX formats
-  static constexpr int kUnits = kWarp ? 1 : 128 / kUnit;       // blocks of a row that a thread holds
-  static constexpr int kAlong = kWarp ? 128 / kUnit : 1;       // lanes along a row
+  static constexpr int kUnits = kWarp ? kWarpUnits : 128 / kUnit;       // blocks of a row that a thread holds
+  static constexpr int kAlong = 128 / kUnit / kUnits;       // lanes along a row
   static constexpr int kLanes = kWarp ? 32 : 1;
   static constexpr int kDown = kLanes / kAlong;                // lanes down the rows: a thread's rows are kDown apart
   static constexpr int kRows = 16 / kDown;                     // and this many
@@ -195,16 +196,39 @@ template <class S> __device__ __forceinline__ unsigned max_down(unsigned m) {
 template <class T> struct Matrix {
   static constexpr bool kRowCopy = true;
   using Element = T;                                           // of the tile in shared memory
+  // On a GPU the elements of a run stay in the words that they were read in until they are used: half as many registers and moves.
+  template <int kN> struct Words {
+    uint32_t word[kN * sizeof(T) / 4];
+    __device__ __forceinline__ float operator[](int j) const {
+      return bits_float(sizeof(T) == 4 ? word[j] : j % 2 ? word[j / 2] & 0xffff0000u : word[j / 2] << 16);
+    }
+  };
+  template <int kN> struct Elements {
+    Vec<T, kN> e;
+    __device__ __forceinline__ float operator[](int j) const { return to_float(e.v[j]); }
+  };
+  template <int kN> using Run = std::conditional_t<kOnCpu, Elements<kN>, Words<kN>>;
   const T* x; int rows, cols;
   __device__ Matrix ready() const { return *this; }
   __device__ float at(int r, int c) const { return r < rows && c < cols ? to_float(x[(size_t)r * cols + c]) : 0.0f; }
-  template <int kN> __device__ __forceinline__ Vec<T, kN> run(int r, int c) const {
-    constexpr int kAligned = kN * sizeof(T) < 16 ? kN : 16 / sizeof(T);      // rows must start on such boundaries for wide loads
-    if (r < rows && c + kN <= cols && cols % kAligned == 0) return load_vec<kN>(x + (size_t)r * cols + c);
-    Vec<T, kN> v;
+  __device__ bool aligned() const { return cols % (16 / (int)sizeof(T)) == 0; }          // every row starts on 16 bytes
+  template <int kN> __device__ __forceinline__ Run<kN> run(int r, int c) const {
+    Run<kN> run;
+    const T* from = x + (size_t)r * cols + c;
+    if (r < rows && c + kN <= cols && aligned()) {
+      const Vec<T, kN> v = load_vec<kN>(from);
+      memcpy(&run, &v, sizeof v);
+      return run;
+    }
+    constexpr int kPer = kOnCpu ? 1 : 4 / sizeof(T);                                      // elements of a word
 #pragma unroll
-    for (int j = 0; j < kN; j++) v.v[j] = r < rows && c + j < cols ? x[(size_t)r * cols + c + j] : from_float<T>(0);
-    return v;
+    for (int j = 0; j < kN; j += kPer) {
+      T e[kPer];
+#pragma unroll
+      for (int k = 0; k < kPer; k++) e[k] = r < rows && c + j + k < cols ? from[j + k] : from_float<T>(0);
+      memcpy((char*)&run + j * sizeof(T), e, sizeof e);
+    }
+    return run;
   }
 };
 // A packed operand: double quantization, which is for the transposed copies of the backward pass only.
@@ -215,8 +239,12 @@ struct Packed {
   float tensor = 1;                                            // FP32 scale of the tensor
   __device__ Packed ready() const { Packed p = *this; p.tensor = outer_scale_of_tensor(operand, how); return p; }
   __device__ float at(int r, int c) const { return r < operand.rows && c < operand.cols ? dequantized(operand, how, r, c, tensor) : 0.0f; }
-  template <int kN> __device__ __forceinline__ Vec<float, kN> run(int r, int c) const {
-    Vec<float, kN> v;
+  template <int kN> struct Run {
+    float v[kN];
+    __device__ __forceinline__ float operator[](int j) const { return v[j]; }
+  };
+  template <int kN> __device__ __forceinline__ Run<kN> run(int r, int c) const {
+    Run<kN> v;
     const bool fp4 = how.format == Format::nvfp4 || how.format == Format::mxfp4 || how.format == Format::fp4_vector;
     if (fp4 && r < operand.rows && c + kN <= operand.cols) {
 #pragma unroll
@@ -239,46 +267,109 @@ constexpr int kTileColumns = 64;
 template <class E> __host__ __device__ constexpr int tile_offset(int column) { return column * kTileColumns + column / 16 * (int)(16 / sizeof(E)); }
 template <class E> __host__ __device__ constexpr int tile_elements() { return tile_offset<E>(128); }
 
-// The rows of a strip that a thread holds. All threads of the block come here together; `tile` is tile_elements() of shared memory.
-template <class S, bool kTranspose, class Source> struct StripRows {
+constexpr int kTiles = 2;                                     // that a block has in shared memory, one of them on its way
+template <class S, bool kTranspose, class Source> __host__ __device__ constexpr int shared_elements() {
   using E = typename Source::Element;
-  const Source& x;
-  const StripPlace at;
-  const E* tile;
-  float turned[kTranspose && !S::kWarp ? 128 : 1][kTranspose && !S::kWarp ? 16 : 1];        // the CPU's strip, by columns
-  __device__ __forceinline__ StripRows(const Source& source, StripPlace place, E* shared) : x(source), at(place), tile(shared) {
-    if constexpr (kTranspose && S::kWarp) {
-      const int first_row = at.row / 64 * 64, first_col = at.col / 128 * 128;      // the same for the whole block
+  return !kTranspose || !S::kWarp ? 1 : (sizeof(E) == 2 ? kTiles : 1) * tile_elements<E>();
+}
+// Brings the tile of a unit to shared memory; returns at once if the source is a matrix whose rows are aligned.
+template <class S, class Source> __device__ __forceinline__ void fetch_tile(typename Source::Element* tile, const Source& x, StripPlace at) {
+  using E = typename Source::Element;
+  const int first_row = at.row / 64 * 64, first_col = at.col / 128 * 128;          // the same for the whole block
 #pragma unroll
-      for (int k = threadIdx.x; k < 128 * kTileColumns / 8; k += kStripThreads) {
-        const int c = k / (kTileColumns / 8), r = k % (kTileColumns / 8) * 8;
-        store_vec(shared + tile_offset<E>(c) + r, x.template run<8>(first_col + c, first_row + r));
-      }
-      __syncthreads();
-      tile = shared + tile_offset<E>(at.col - first_col) + at.row - first_row;
-    } else if constexpr (kTranspose) {
-      for (int c = 0; c < 128; c++) {
-        const auto v = x.template run<16>(at.col + c, at.row);
-        for (int i = 0; i < 16; i++) turned[c][i] = to_float(v.v[i]);
+  for (int k = threadIdx.x; k < 128 * kTileColumns / 8; k += kStripThreads) {
+    const int c = first_col + k / (kTileColumns / 8), r = first_row + k % (kTileColumns / 8) * 8;
+    E* to = tile + tile_offset<E>(c - first_col) + r - first_row;
+    if constexpr (std::is_same_v<E, bf16> && Source::kRowCopy) {
+      if (x.aligned()) {
+        const bool inside = c < x.rows && r < x.cols;
+        cp_async<16>(to, inside ? x.x + (size_t)c * x.cols + r : x.x, inside);
+        continue;
       }
     }
+    const auto run = x.template run<8>(c, r);
+    Vec<uint32_t, sizeof(run) / 4> words;
+    memcpy(&words, &run, sizeof run);
+    store_vec((uint32_t*)to, words);
   }
-  // The thread's i-th row of the operand is this one.
-  __device__ __forceinline__ int row(int i) const { return at.row + i * S::kDown; }
-  __device__ __forceinline__ void load(RowPart<S>& v, int i) const {
+}
+
+// The rows of a strip that a thread holds, in turn.
+template <class S, bool kTranspose, class Source> struct StripRows {
+  using E = typename Source::Element;
+  static constexpr bool kTurned = kTranspose && !S::kWarp;      // the CPU's column copy turns its strip itself
+  const Source& x;
+  StripPlace at;
+  const E* tile;
+  float turned[kTurned ? 128 : 1][kTurned ? 16 : 1];
+  typename Source::template Run<kTranspose ? 8 : S::kUnit> next;
+  // tile: of the block's unit, in shared memory
+  __device__ __forceinline__ StripRows(const Source& source, StripPlace place, const E* shared) : x(source), at(place), tile(shared) {
+    if constexpr (kTurned) {
+      for (int c = 0; c < 128; c++) {
+        const auto run = x.template run<16>(at.col + c, at.row);
+        for (int i = 0; i < 16; i++) turned[c][i] = run[i];
+      }
+    } else if constexpr (kTranspose) tile = shared + tile_offset<E>(at.col % 128) + at.row % 64;
+    start();
+  }
+  __device__ __forceinline__ int row(int i) const { return at.row + i * S::kDown; }       // the thread's i-th row of the operand
+  // The rows come in order, from 0 on after start(): a row copy reads one row ahead.
+  __device__ __forceinline__ void start() { if constexpr (!kTranspose && S::kWarp && S::kUnits == 1) next = x.template run<S::kUnit>(at.row, at.col); }
+  __device__ __forceinline__ void load(RowPart<S>& v, int i) {
+    if constexpr (!kTranspose && S::kWarp && S::kUnits == 1) {
+      const auto run = next;
+      if (i + 1 < S::kRows) next = x.template run<S::kUnit>(row(i + 1), at.col);
 #pragma unroll
-    for (int u = 0; u < S::kUnits; u++) {
-      if constexpr (!kTranspose) {
-        const auto run = x.template run<S::kUnit>(row(i), at.col + u * S::kUnit);
+      for (int j = 0; j < S::kUnit; j++) v[0][j] = run[j];
+    } else {
 #pragma unroll
-        for (int j = 0; j < S::kUnit; j++) v[u][j] = to_float(run.v[j]);
-      } else {
+      for (int u = 0; u < S::kUnits; u++) {
+        if constexpr (kTranspose) {
 #pragma unroll
-        for (int j = 0; j < S::kUnit; j++) v[u][j] = S::kWarp ? to_float(tile[tile_offset<E>(j) + i * S::kDown]) : turned[u * S::kUnit + j][i];
+          for (int j = 0; j < S::kUnit; j++) v[u][j] = S::kWarp ? to_float(tile[tile_offset<E>(j) + i * S::kDown]) : turned[u * S::kUnit + j][i];
+        } else {
+          const auto run = x.template run<S::kUnit>(row(i), at.col + u * S::kUnit);
+#pragma unroll
+          for (int j = 0; j < S::kUnit; j++) v[u][j] = run[j];
+        }
       }
     }
   }
 };
+
+// Calls use(rows) for the strips of this thread (warp). The column copy's blocks stay, and fetch the tile of their next unit while they use one.
+template <class S, bool kTranspose, class Source, class Use>
+__device__ __forceinline__ void for_each_strip(const Source& x, int rows_covered, int cols_covered, typename Source::Element* shared, Use use) {
+  using E = typename Source::Element;
+  const unsigned units = strip_units<S, kTranspose>(rows_covered, cols_covered), stride = S::kWarp ? gridDim.x : gridDim.x * blockDim.x;
+  constexpr bool kShared = kTranspose && S::kWarp, kAhead = kShared && sizeof(E) == 2;
+  unsigned unit = own_unit<S>();
+  auto place = [&](unsigned u) { return strip_place<S, kTranspose>(u, rows_covered, cols_covered); };
+  if constexpr (kAhead) {
+    if (unit < units) fetch_tile<S>(shared, x, place(unit));
+    cp_async_commit();
+  }
+  for (unsigned turn = 0; unit < units; unit += stride, turn++) {
+    const StripPlace at = place(unit);
+    E* tile = shared;
+    if constexpr (kAhead) {
+      tile += turn % kTiles * tile_elements<E>();
+      if (unit + stride < units) fetch_tile<S>(shared + (turn + 1) % kTiles * tile_elements<E>(), x, place(unit + stride));
+      cp_async_commit();
+      cp_async_wait<1>();
+      __syncthreads();
+    } else if constexpr (kShared) {
+      fetch_tile<S>(tile, x, at);
+      __syncthreads();
+    }
+    if (at.inside) {                                             // whole warps
+      StripRows<S, kTranspose, Source> rows(x, at, tile);
+      use(rows);
+    }
+    if constexpr (kShared) __syncthreads();                      // the tile is used up
+  }
+}
 
 // ------------------------------------------------------------------ rotation
 // a, b <- a + b, a - b, element by element
@@ -291,7 +382,7 @@ template <int kN> __device__ __forceinline__ void butterfly(float (&a)[kN], floa
 template <class S> __device__ __forceinline__ void rotate_row(RowPart<S>& v, int n, const SignBits& signs, int along) {
 #pragma unroll
   for (int u = 0; u < S::kUnits; u++) {
-    const int place = (along * S::kUnits + u) * S::kUnit % n;                       // of the block's first column in its group
+    const int place = (along * S::kUnits + u) * S::kUnit & (n - 1);                       // of the block's first column in its group
     const uint32_t bits = (uint32_t)((place < 64 ? signs.word[0] : signs.word[1]) >> (place % 64));
 #pragma unroll
     for (int j = 0; j < S::kUnit; j++) v[u][j] = negate_if(v[u][j], (n == 16 ? bits >> (j % 16) : bits >> j) & 1);
@@ -343,8 +434,8 @@ struct BlockHow {
   SignBits signs;
   RandomKey key;
   int rows_covered, cols_covered;            // with padding
-  // A row of the operand as it will be rounded: rotated, and zero again beyond `cols`, where a rotation may have left -0.
-  template <class S, class Rows> __device__ __forceinline__ void row(RowPart<S>& v, const Rows& rows, int i, int cols) const {
+  // A row of the operand as it will be rounded. Padding that a rotation has left as -0 is 0 again.
+  template <class S, class Rows> __device__ __forceinline__ void row(RowPart<S>& v, Rows& rows, int i, int cols) const {
     rows.load(v, i);
     if (recipe.rht == 0) return;
     const float scale = rotation_scale(recipe.rht);
@@ -358,11 +449,9 @@ struct BlockHow {
 #pragma unroll
         for (int j = 0; j < S::kUnit; j++) v[u][j] = to_float(to_bf16(v[u][j]));
       }
+      if (S::kUnit == 32 && recipe.rht == 16 && rows.at.col + u * 32 + 16 >= cols) {       // half a block of padding
 #pragma unroll
-      for (int j = 0; j < S::kUnit; j += 16) {
-        if (rows.at.col + u * S::kUnit + j < cols) continue;
-#pragma unroll
-        for (int k = 0; k < 16; k++) v[u][j + k] = 0;
+        for (int j = S::kUnit - 16; j < S::kUnit; j++) v[u][j] = 0;
       }
     }
   }
@@ -381,17 +470,15 @@ template <int kN, int kM> __device__ __forceinline__ unsigned row_amax_bits(cons
 template <bool kTranspose, bool kWarp, class Source>
 __global__ void __launch_bounds__(kStripThreads, 8) amax_kernel(unsigned* plain, unsigned* rotated, unsigned* row_amax, Source x, BlockHow how) {
   using S = Share<16, kWarp>;
-  alignas(16) __shared__ typename Source::Element tile[kTranspose && kWarp ? tile_elements<typename Source::Element>() : 1];
+  alignas(16) __shared__ typename Source::Element shared[shared_elements<S, kTranspose, Source>()];
   const float scale = how.recipe.rht ? rotation_scale(how.recipe.rht) : 1;
   auto finish = [&](unsigned m) {
     const float f = bits_float(m) * scale;
     return float_bits(rounds_rotated(how.recipe) ? to_float(to_bf16(f)) : f) & 0x7fffffffu;
   };
   unsigned most = 0, most_rotated = 0;
-  x = x.ready();
-  const unsigned units = strip_units<S, kTranspose>(how.rows_covered, how.cols_covered);
-  for (unsigned unit = own_unit<S>(); unit < units; unit += S::kWarp ? gridDim.x : gridDim.x * blockDim.x) {
-    const StripRows<S, kTranspose, Source> rows(x, strip_place<S, kTranspose>(unit, how.rows_covered, how.cols_covered), tile);
+  const Source source = x.ready();
+  for_each_strip<S, kTranspose>(source, how.rows_covered, how.cols_covered, shared, [&](auto& rows) {
 #pragma unroll 1
     for (int i = 0; i < S::kRows; i++) {
       RowPart<S> v;
@@ -404,8 +491,7 @@ __global__ void __launch_bounds__(kStripThreads, 8) amax_kernel(unsigned* plain,
       const unsigned whole = max_along<S>(m);
       if (rows.at.along == 0 && rows.row(i) < how.rows_covered) atomicMax(&row_amax[rows.row(i)], how.recipe.rht ? finish(whole) : whole);
     }
-    if constexpr (kTranspose && kWarp) __syncthreads();        // before the next tile
-  }
+  });
   most = max_down<S>(max_along<S>(most));
   most_rotated = max_down<S>(max_along<S>(most_rotated));
   if (threadIdx.x % S::kLanes) return;
@@ -420,12 +506,9 @@ template <int kN> __device__ __forceinline__ void round_block(float (&magnitude)
 #pragma unroll
     for (int half = 0; half < kN / 16; half++) {
       const uint4 r = random_block(key, block16 + half);
-      const uint32_t words[4] = {r.x, r.y, r.z, r.w};
-      float u[16];                                 // midpoints of 256 intervals: unbiased, and never 0 or 1
+      const uint32_t words[4] = {~r.x, ~r.y, ~r.z, ~r.w};        // u: midpoints of 256 intervals, unbiased, and never 0 or 1
 #pragma unroll
-      for (int j = 0; j < 16; j++) u[j] = byte_uniform(words[j / 4] >> (8 * (j % 4)) & 0xff);
-#pragma unroll
-      for (int j = 0; j < 16; j++) magnitude[16 * half + j] = e2m1_round_sr(fabsf(v[16 * half + j]), u[j]);
+      for (int j = 0; j < 16; j++) magnitude[16 * half + j] = e2m1_round_byte(fabsf(v[16 * half + j]), words[j / 4] >> (8 * (j % 4)) & 0xff);
     }
   } else {
 #pragma unroll
@@ -508,13 +591,18 @@ struct BlockScale {
     return __fmul_rn(d, d);
   }
 };
-// outer_amax: of the tensor, or of 128 columns. stretch: 1; 1.5 maps the largest element to 4 instead of 6.
-__device__ __forceinline__ BlockScale block_scale(const OperandRecipe& how, float block_amax, float outer_amax, float stretch = 1) {
-  BlockScale s;
+// The FP32 scale for amax of the tensor, or of 128 columns.
+__device__ __forceinline__ TensorScale outer_scale(const OperandRecipe& how, float amax) {
   const float range = nvfp4_range(how.scale);
+  if (is_eden(how)) return {0, eden_tensor_scale(amax)};
+  if (how.outer == Outer::tensor) return tensor_scale(amax, range);
+  return {0, amax == 0 ? 1.0f : amax / (range / 6) / 6};
+}
+// stretch: 1; 1.5 maps the largest element to 4 instead of 6.
+__device__ __forceinline__ BlockScale block_scale(const OperandRecipe& how, float block_amax, TensorScale t, float stretch = 1) {
+  BlockScale s;
   if (how.scale == ScaleRule::headroom) stretch *= 17.0f / 16;
   if (how.outer == Outer::tensor && !is_eden(how)) {
-    const TensorScale t = tensor_scale(outer_amax, range);
     const float wanted = fminf(block_amax * (t.encode * (1.0f / 6.0f)), FLT_MAX) * stretch;
     s.byte = how.scale == ScaleRule::ceil ? e4m3_encode_ceil(wanted) : e4m3_encode(wanted);
     s.scale = e4m3_decode(s.byte);
@@ -523,7 +611,7 @@ __device__ __forceinline__ BlockScale block_scale(const OperandRecipe& how, floa
     s.divide = 0;
   } else {
     const bool eden = is_eden(how);
-    s.outer = eden ? eden_tensor_scale(outer_amax) : outer_amax == 0 ? 1.0f : outer_amax / (range / 6) / 6;
+    s.outer = t.decode;
     const float wanted = (eden ? block_amax / kEdenStep / s.outer : block_amax / s.outer / 6) * stretch;
     s.byte = how.scale == ScaleRule::ceil ? e4m3_encode_ceil(wanted) : e4m3_encode(wanted);
     if (s.byte == 0) s.byte = eden ? 0x38 : 0x01;         // 1.0 or 2^-9. The scale that was rounded to 0 as well: never divide by 0
@@ -567,7 +655,8 @@ __global__ void tile_four_six_kernel(uint32_t* four, Source x, int rows, int col
   };
   unsigned most = 0;
   walk([&](float (&v)[16]) { most = max(most, block_amax_bits(v)); });
-  const BlockScale at6 = block_scale(how.recipe, bits_float(most), *amax), at4 = block_scale(how.recipe, bits_float(most), *amax, 1.5f);
+  const TensorScale t = outer_scale(how.recipe, *amax);
+  const BlockScale at6 = block_scale(how.recipe, bits_float(most), t), at4 = block_scale(how.recipe, bits_float(most), t, 1.5f);
   ErrorPair error;
   walk([&](float (&v)[16]) { error.add(v, at6, at4); });
   four[tile] = error.four < error.six;
@@ -602,17 +691,16 @@ template <class S> __device__ __forceinline__ float eden_correction128(const flo
 
 // Pass 2: codes and scales. four_tiles: the choice of four over six in 16x16 tiles.
 template <bool kTranspose, bool kWarp, class Source>
-__global__ void __launch_bounds__(kStripThreads, 6) nvfp4_kernel(Operand4 out, const uint32_t* four_tiles, Source x, BlockHow how) {
-  using S = Share<16, kWarp>;
+__global__ void __launch_bounds__(kStripThreads, 4) nvfp4_kernel(Operand4 out, const uint32_t* four_tiles, Source x, BlockHow how) {
+  using S = Share<16, kWarp, 2>;
   const OperandRecipe& recipe = how.recipe;
-  alignas(16) __shared__ typename Source::Element shared[kTranspose && kWarp ? tile_elements<typename Source::Element>() : 1];
-  const StripPlace at = strip_place<S, kTranspose>(own_unit<S>(), how.rows_covered, how.cols_covered);
+  alignas(16) __shared__ typename Source::Element shared[shared_elements<S, kTranspose, Source>()];
   const Source source = x.ready();
-  const StripRows<S, kTranspose, Source> rows(source, at, shared);
-  if (!at.inside) return;                                     // whole warps
   const bool tile = recipe.blocks == Blocks::b16x16, wide = recipe.outer == Outer::b1x128, four_six = recipe.scale == ScaleRule::four_six;
   const int blocks = ceil_div(out.cols, 16);
-  const float tensor_amax = wide ? 0.0f : *out.amax;
+  const TensorScale tensor = wide ? TensorScale{} : outer_scale(recipe, *out.amax);
+  for_each_strip<S, kTranspose>(source, how.rows_covered, how.cols_covered, shared, [&](auto& rows) {
+  const StripPlace at = rows.at;
   RowPart<S> v;
   unsigned tile_amax[S::kUnits] = {};
   if (tile) {
@@ -624,12 +712,13 @@ __global__ void __launch_bounds__(kStripThreads, 6) nvfp4_kernel(Operand4 out, c
     }
 #pragma unroll
     for (int u = 0; u < S::kUnits; u++) tile_amax[u] = max_down<S>(tile_amax[u]);
+    rows.start();
   }
 #pragma unroll 1
   for (int i = 0; i < S::kRows; i++) {
     const int row = rows.row(i);
     how.row<S>(v, rows, i, out.cols);
-    const float outer_amax = wide ? bits_float(max_along<S>(row_amax_bits(v))) : tensor_amax;
+    const TensorScale outer = wide ? outer_scale(recipe, bits_float(max_along<S>(row_amax_bits(v)))) : tensor;
     float magnitude[S::kUnits][16];
     BlockScale scale[S::kUnits];
 #pragma unroll
@@ -637,9 +726,9 @@ __global__ void __launch_bounds__(kStripThreads, 6) nvfp4_kernel(Operand4 out, c
       const int block = at.col / 16 + u;
       const float block_amax = bits_float(tile ? tile_amax[u] : block_amax_bits(v[u]));
       BlockScale& s = scale[u];
-      s = block_scale(recipe, block_amax, outer_amax);
+      s = block_scale(recipe, block_amax, outer);
       if (four_six) {
-        const BlockScale four = block_scale(recipe, block_amax, outer_amax, 1.5f);
+        const BlockScale four = block_scale(recipe, block_amax, outer, 1.5f);
         ErrorPair error;
         if (!tile) error.add(v[u], s, four);
         if (tile ? row < out.rows && block < blocks && four_tiles[(size_t)(row / 16) * blocks + block] : error.four < error.six) s = four;
@@ -676,6 +765,7 @@ __global__ void __launch_bounds__(kStripThreads, 6) nvfp4_kernel(Operand4 out, c
       }
     }
   }
+  });
 }
 
 // ------------------------------------------------------------------ MXFP4, MXFP8: a power of two for 32 elements
@@ -702,13 +792,12 @@ __device__ inline uint8_t mx_scale(const OperandRecipe& how, const float (&v)[32
 }
 template <bool kTranspose, bool kWarp, class Source> __global__ void __launch_bounds__(kStripThreads, 4) mx_kernel(Operand4 out, Source x, BlockHow how) {
   using S = Share<32, kWarp>;
-  alignas(16) __shared__ typename Source::Element shared[kTranspose && kWarp ? tile_elements<typename Source::Element>() : 1];
-  const StripPlace at = strip_place<S, kTranspose>(own_unit<S>(), how.rows_covered, how.cols_covered);
+  alignas(16) __shared__ typename Source::Element shared[shared_elements<S, kTranspose, Source>()];
   const Source source = x.ready();
-  const StripRows<S, kTranspose, Source> rows(source, at, shared);
-  if (!at.inside) return;                                     // whole warps
   const int blocks = ceil_div(out.cols, 32);
   const bool fp8 = how.recipe.format == Format::mxfp8, thrice = how.recipe.format == Format::mxfp4 && how.recipe.scale == ScaleRule::range34;
+  for_each_strip<S, kTranspose>(source, how.rows_covered, how.cols_covered, shared, [&](auto& rows) {
+  const StripPlace at = rows.at;
 #pragma unroll 1
   for (int i = 0; i < S::kRows; i++) {
     RowPart<S> part;
@@ -747,21 +836,21 @@ template <bool kTranspose, bool kWarp, class Source> __global__ void __launch_bo
       store_block(out, row, col, magnitude, v, scale);
     }
   }
+  });
 }
 
 // ------------------------------------------------------------------ one scale for each row; FP8, one scale a tensor; no quantization at all
 template <bool kTranspose, bool kWarp, class Source>
 __global__ void __launch_bounds__(kStripThreads, 6) plain_kernel(Operand4 out, const unsigned* row_amax, Source x, BlockHow how) {
   using S = Share<16, kWarp>;
-  alignas(16) __shared__ typename Source::Element shared[kTranspose && kWarp ? tile_elements<typename Source::Element>() : 1];
-  const StripPlace at = strip_place<S, kTranspose>(own_unit<S>(), how.rows_covered, how.cols_covered);
+  alignas(16) __shared__ typename Source::Element shared[shared_elements<S, kTranspose, Source>()];
   const Source source = x.ready();
-  const StripRows<S, kTranspose, Source> rows(source, at, shared);
-  if (!at.inside) return;                                     // whole warps
   const Format format = how.recipe.format;
   const int blocks = ceil_div(out.cols, 16);
   const bool e4m3 = format == Format::fp8_e4m3;
   const float encode = is_fp8(format) ? tensor_scale(*out.amax, e4m3 ? kE4M3Max : kE5M2Max).encode : 1;
+  for_each_strip<S, kTranspose>(source, how.rows_covered, how.cols_covered, shared, [&](auto& rows) {
+  const StripPlace at = rows.at;
 #pragma unroll 1
   for (int i = 0; i < S::kRows; i++) {
     RowPart<S> part;
@@ -774,7 +863,7 @@ __global__ void __launch_bounds__(kStripThreads, 6) plain_kernel(Operand4 out, c
       if (format == Format::exact) {
         Vec<floatX, 16> q;
 #pragma unroll
-        for (int j = 0; j < 16; j++) q.v[j] = from_float<floatX>(v[j]);
+        for (int j = 0; j < 16; j++) q.v[j] = from_float<floatX>(block < blocks ? v[j] : 0.0f);
         store_vec(out.values + (size_t)row * out.ld + col, q);
         if (out.mask && block % 2 == 0) out.mask[(size_t)row * (out.ld / 32) + block / 2] = 0xffffffffu;
       } else if (block >= blocks) {
@@ -793,6 +882,7 @@ __global__ void __launch_bounds__(kStripThreads, 6) plain_kernel(Operand4 out, c
       }
     }
   }
+  });
 }
 
 // The values that quantize() would have written beside these codes: without the scale of the tensor, which is alpha's. Padding is zeros. A thread 8.
@@ -881,7 +971,8 @@ inline bool needs_amax(const OperandRecipe& r) {
 struct Grid { unsigned blocks, threads; };
 template <bool kTranspose, bool kWarp> Grid strips_grid(int rows, int cols) {
   const unsigned units = strip_units<Share<16, kWarp>, kTranspose>(rows, cols);
-  return kWarp ? Grid{units, kStripThreads} : Grid{ceil_div(units, 8u), 8};
+  if (!kWarp) return {ceil_div(units, 8u), 8};
+  return {kTranspose ? min(units, 5u * multiprocessors()) : units, kStripThreads};          // the column copy's blocks stay
 }
 template <bool kTranspose, bool kWarp, class Source>
 void launch_amax(float* plain, float* rotated, uint32_t* row_amax, const Source& x, int rows, int cols, BlockHow how) {
@@ -891,7 +982,7 @@ void launch_amax(float* plain, float* rotated, uint32_t* row_amax, const Source&
   how.rows_covered = rows;
   how.cols_covered = cols;
   const Grid grid = strips_grid<kTranspose, kWarp>(rows, cols);
-  const unsigned blocks = kOnCpu ? grid.blocks : min(grid.blocks, 12u * multiprocessors());
+  const unsigned blocks = kOnCpu ? grid.blocks : min(grid.blocks, 8u * multiprocessors());
   launch(amax_kernel<kTranspose, kWarp, Source>, blocks, grid.threads, 0, (unsigned*)plain, (unsigned*)rotated, row_amax, x, how);
 }
 template <bool kTranspose, bool kWarp, class Source>
