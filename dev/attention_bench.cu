@@ -1,17 +1,18 @@
-// dev/attention_bench.cu -- versions of the attention kernels with different tiles: are they right, do they repeat, how fast are they.
+// dev/attention_bench.cu -- the attention kernels in use, and the simple ones: are they right, do they repeat, how fast are they. The table
+// in kernels/attention.cuh was measured with this; other tiles are one more line in forwards() or backwards().
 //   nvcc -std=c++17 -O3 -arch=sm_90 dev/attention_bench.cu -o attention_bench && ./attention_bench
-// TFLOP/s are counted as 2 T^2 D for each batch row and head forward, 2.5 times that backward. Errors: rms(error) / rms(result) of a
-// small shape against the simple version in float. Times: median of runs between CUDA events.
+// TFLOP/s are counted as 2 T^2 D for each batch row and head forward, 2.5 times that backward, however much a kernel computes. Errors:
+// rms(error) / rms(result) of a small shape against the simple version in float. Times: median of runs between CUDA events.
 #include <algorithm>
 #include <string>
 #include <vector>
 #include "../kernels/attention.cuh"
 
 struct Shape { int B, T, H, KV, D; };
-struct Forward { const char* name; int D; void (*run)(bf16* out, float* lse, const bf16* qkv, int B, int T, int H, int KV, int D); };
+struct Forward { const char* name; int D, runs; void (*run)(bf16* out, float* lse, const bf16* qkv, int B, int T, int H, int KV, int D); };
 struct Backward {
   const char* name;
-  int D;
+  int D, runs;
   void (*run)(bf16* dqkv, const bf16* dout, const bf16* qkv, const bf16* out, const float* lse, float* scratch, int B, int T, int H, int KV, int D);
   size_t (*scratch)(int B, int T, int H);
 };
@@ -115,14 +116,14 @@ static void check_errors(Shape s) {
     if (f.D != s.D) continue;
     CUDA_CHECK(cudaMemset(x.out, 0xff, x.n_out * 2));
     f.run(x.out, x.lse, x.qkv, s.B, s.T, s.H, s.KV, s.D);
-    printf("  fwd %-44s %.2e\n", f.name, error(x.out, out, x.n_out, 1, 0, 1));
+    printf("  fwd %-20s %.2e\n", f.name, error(x.out, out, x.n_out, 1, 0, 1));
   }
   for (const Backward& f : backwards()) {
     if (f.D != s.D) continue;
     CUDA_CHECK(cudaMemset(x.dqkv, 0xff, x.n_qkv * 2));
     f.run(x.dqkv, x.dout, x.qkv, x.out, x.lse, x.scratch, s.B, s.T, s.H, s.KV, s.D);
     auto of = [&](size_t from, size_t to) { return error(x.dqkv, dqkv, x.n_qkv, ld, from, to); };
-    printf("  bwd %-44s dq %.2e dk %.2e dv %.2e\n", f.name, of(0, q), of(q, k), of(k, ld));
+    printf("  bwd %-20s dq %.2e dk %.2e dv %.2e\n", f.name, of(0, q), of(q, k), of(k, ld));
   }
   fflush(stdout);
   for (float* p : {qkv, dout, out, dqkv, delta}) device_free(p);
@@ -134,38 +135,44 @@ static void time_shape(Shape s) {
   for (const Forward& f : forwards()) {
     if (f.D != s.D) continue;
     for (int i = 0; i < 2; i++) f.run(x.out2, x.lse, x.qkv, s.B, s.T, s.H, s.KV, s.D);
-    const double ms = median_ms([&] { f.run(x.out, x.lse, x.qkv, s.B, s.T, s.H, s.KV, s.D); }, 15);
-    printf("  fwd %-44s %8.3f ms %7.1f TFLOP/s  %u words differ\n", f.name, ms, flops / ms / 1e9, differences(x.out, x.out2, x.n_out));
+    const double ms = median_ms([&] { f.run(x.out, x.lse, x.qkv, s.B, s.T, s.H, s.KV, s.D); }, f.runs);
+    printf("  fwd %-20s %8.3f ms %7.1f TFLOP/s  %u words differ\n", f.name, ms, flops / ms / 1e9, differences(x.out, x.out2, x.n_out));
     fflush(stdout);
   }
   for (const Backward& f : backwards()) {
     if (f.D != s.D) continue;
     for (int i = 0; i < 2; i++) f.run(x.dqkv2, x.dout, x.qkv, x.out, x.lse, x.scratch, s.B, s.T, s.H, s.KV, s.D);
-    const double ms = median_ms([&] { f.run(x.dqkv, x.dout, x.qkv, x.out, x.lse, x.scratch, s.B, s.T, s.H, s.KV, s.D); }, 11);
-    printf("  bwd %-44s %8.3f ms %7.1f TFLOP/s  %u words differ\n", f.name, ms, 2.5 * flops / ms / 1e9, differences(x.dqkv, x.dqkv2, x.n_qkv));
+    const double ms = median_ms([&] { f.run(x.dqkv, x.dout, x.qkv, x.out, x.lse, x.scratch, s.B, s.T, s.H, s.KV, s.D); }, f.runs);
+    printf("  bwd %-20s %8.3f ms %7.1f TFLOP/s  %u words differ\n", f.name, ms, 2.5 * flops / ms / 1e9, differences(x.dqkv, x.dqkv2, x.n_qkv));
     fflush(stdout);
   }
   const double ms = median_ms([&] { attention_delta(x.scratch, x.dout, x.out, s.B, s.T, s.H, s.D); }, 11);
   printf("  delta alone %8.3f ms, %.0f GB/s\n", ms, 4.0 * x.n_out / ms / 1e6);
 }
 
-// D, keys of a tile
-#define F(D, ...) {#D ", " #__VA_ARGS__, D, attention_forward_tiles<ForwardTiles<D, __VA_ARGS__>>}
-// D, warps, blocks of 16 keys a warp owns, queries of a tile
-#define B(D, ...) {#D ", " #__VA_ARGS__, D, attention_backward_tiles<BackwardTiles<D, __VA_ARGS__>>, scratch_of<BackwardTiles<D, __VA_ARGS__>>}
 template <class C> size_t scratch_of(int B, int T, int H) { return backward_scratch<C>(nullptr, B, T, H).floats; }
+static size_t scratch_of_simple(int B, int T, int H) { return (size_t)B * T * H; }
+// D, keys of a tile
+#define FORWARD(D, ...) {#D ", " #__VA_ARGS__, D, 15, attention_forward_tiles<ForwardTiles<D, __VA_ARGS__>>}
+// D, warps, blocks of 16 keys a warp owns, warps that share keys, queries of a tile
+#define BACKWARD(D, ...) \
+  {#D ", " #__VA_ARGS__, D, 15, attention_backward_tiles<BackwardTiles<D, __VA_ARGS__>>, scratch_of<BackwardTiles<D, __VA_ARGS__>>}
 static const std::vector<Forward>& forwards() {
-  static const std::vector<Forward> list = {F(64, 64), F(64, 128), F(128, 64), F(128, 32)};
+  static const std::vector<Forward> list = {FORWARD(64, 64), FORWARD(128, 64), FORWARD(128, 32),
+                                            {"simple", 64, 1, attention_forward_simple<bf16>}, {"simple", 128, 1, attention_forward_simple<bf16>}};
   return list;
 }
 static const std::vector<Backward>& backwards() {
-  static const std::vector<Backward> list = {B(64, 4, 2, 32), B(64, 4, 1, 64), B(64, 8, 1, 128), B(128, 8, 1, 64), B(128, 4, 1, 32)};
+  static const std::vector<Backward> list = {BACKWARD(64, 4, 2, 1, 32), BACKWARD(128, 8, 2, 2, 64), BACKWARD(128, 4, 1, 1, 32),
+                                             {"simple", 64, 1, attention_backward_simple<bf16>, scratch_of_simple},
+                                             {"simple", 128, 1, attention_backward_simple<bf16>, scratch_of_simple}};
   return list;
 }
 int main() {
   cudaDeviceProp p;
   CUDA_CHECK(cudaGetDeviceProperties(&p, 0));
   printf("%s, %d multiprocessors\n", p.name, p.multiProcessorCount);
-  for (Shape s : {Shape{2, 1000, 4, 2, 64}, Shape{2, 1000, 4, 4, 128}}) check_errors(s);
-  for (Shape s : {Shape{32, 1024, 12, 12, 64}, Shape{16, 2048, 16, 16, 128}, Shape{32, 1024, 6, 6, 128}, Shape{32, 1024, 12, 4, 64}}) time_shape(s);
+  for (Shape s : {Shape{2, 1000, 4, 2, 64}, Shape{2, 1000, 4, 2, 128}}) check_errors(s);
+  for (Shape s : {Shape{32, 1024, 12, 12, 64}, Shape{16, 2048, 16, 16, 128}, Shape{32, 1024, 6, 6, 128}, Shape{32, 1024, 12, 4, 64},
+                  Shape{16, 2048, 16, 4, 128}}) time_shape(s);
 }

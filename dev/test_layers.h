@@ -773,7 +773,7 @@ template <size_t kShared> AttentionVersion<bf16> tensor_core_version(const char*
 // Blocks add to dQ one after the other. The second block of two, alone on the machine, must wait for the first for ever, and must not wait
 // where the counters say that the first has been there.
 inline void test_attention_order() {
-  using C = BackwardTiles<64, 4, 2, 32>;
+  using C = BackwardTiles<64, 4, 2, 1, 32>;
   const int T = C::kN + 2, D = 8;
   const size_t floats = attention_backward_mma_scratch(1, T, 1, D);
   TestArray<bf16> qkv(3 * T * D), dqkv(3 * T * D), dout(T * D);
@@ -794,7 +794,7 @@ inline void test_attention_order() {
 inline void test_attentions() {
   auto rows = [](int B, int T, int H, int) { return (size_t)B * T * H; };
   test_attention<floatX>({"what the model calls", attention_forward, attention_backward, attention_backward_scratch});
-  if (shared_memory_limit() >= 160 << 10) test_attention<bf16>(tensor_core_version<(160 << 10)>("tensor core version"));
+  if (shared_memory_limit() >= 176 << 10) test_attention<bf16>(tensor_core_version<(176 << 10)>("tensor core version"));
   test_attention<bf16>(tensor_core_version<(98 << 10)>("tensor core version for 99 KB of shared memory"));
   test_attention<float>({"simple FP32, a thread a row", attention_forward_simple<float, 1, 64>, attention_backward_simple<float, 1, 64>, rows});
   test_attention<bf16>({"simple BF16, a thread a row", attention_forward_simple<bf16, 1, 64>, attention_backward_simple<bf16, 1, 64>, rows});

@@ -14,10 +14,15 @@
 //
 // Cost      One product over the causal half is T^2 D flops (2 T^2 D / 2) for each b and h. Forward: 2 products, backward: 5 (S, dP, dV, dK,
 //           dQ); the simple version walks over queries for dK and dV and over keys for dQ, and computes S and dP twice: 7.
-//           Bytes, each matrix once: forward (2 H + 2 KV) D elements a token, backward (5 H + 6 KV) D: T / 4 flops a byte forward without
-//           GQA, so the flops dominate from T of about 600 on (H100). Backward also adds up dQ in float, H D floats of scratch a token,
-//           read and written T / 256 times on average, mostly in L2.
-// Same bits The sum of dQ has a fixed order, and no sum is a float atomic: the same inputs give the same bits.
+//           Bytes, each matrix once: forward (2 H + 2 KV) D elements a token, backward (5 H + 6 KV) D. Forward without GQA that is T / 4
+//           flops a byte. Backward also adds up dQ in float, H D floats of scratch a token, read and written T / 256 times on average.
+//
+// How       Forward: a block owns queries and walks over the keys they see; scores and probabilities never leave the registers.
+//           Backward: delta is a pass of its own, for it needs whole rows of dO and O. Then a block owns keys, sums their dK and dV in
+//           registers and walks over the queries that see them. It has a part of dQ of each of them, other blocks have the rest: the
+//           parts are added up in a float buffer, one block after the other, and the last block writes dQ.
+// Same bits Every sum has a fixed order, so the same inputs give the same bits. No float is added by an atomic: for dQ a counter says
+//           whose turn it is, the blocks of the last keys first. (An integer atomic hands out the work; who does it changes no sum.)
 // Error     against double, normal inputs, rms(error) / rms(result): float 3e-7 forward, 6e-7 backward; bf16 2e-3 and 2.5e-3. The mma
 //           version rounds P and dS to bf16 before they are multiplied, as every tensor core implementation does; sums are float.
 //           delta comes from the rounded O: with keys of size 500 to 1000 dQ in bf16 was off by 3e-2 to 8e-2 (float: 4e-5).
@@ -25,17 +30,36 @@
 // Two versions. `simple` is the algorithm and nothing else; it works for float and bf16 and is what trains on a CPU, and on a GPU where
 // activations are FP32. `mma` is for bf16 on tensor cores (sm_80 on). attention_forward and attention_backward at the end choose.
 //
-// Measured on H100 (dev/attention_bench.cu), TFLOP/s of 2 T^2 D flops a head forward, 5 T^2 D backward:
-//                                                            B 32 T 1024  B 16 T 2048  B 32 T 1024  B 32 T 1024
-//   heads                                                       12 x 64     16 x 128      6 x 128   12 x 64, KV 4
-//   forward   16 queries a warp (D 128), rescaled every tile        180          201          167          180
-//             32 queries a warp, 64 keys a tile                     217          315          248          218
-//             ... rescaled only when a maximum grew                 228                                    227     <- this
-//             ... 32 keys a tile (D 128: less shared memory)        198          278          221          197
-//   backward  two kernels, dQ and dK dV: 7 products                 138          164          141          137
-//             one kernel, 16 keys a warp, 8 warps                   136          187          150          135     <- this, D 128
-//             ... 4 warps, 32 queries a tile                        135          172          141          129
-//             32 keys a warp, 4 warps, 32 queries a tile            153            -            -          139     <- this, D 64
+// Measured on an H100, TFLOP/s of 2 T^2 D flops a head forward, 5 T^2 D backward (delta included), B 32 T 1024 or B 16 T 2048. Those in use:
+// dev/attention_bench.cu; (1): measured in another run, which gave up to 6 % less where both have measured the same tiles.
+//   T                                                                         1024    2048    1024    1024    2048
+//   heads x D                                                              12 x 64 16 x 128 6 x 128 12 x 64 16 x 128
+//   key heads                                                                   12      16       6       4       4
+//   forward   16 queries a warp (D 128: fewer registers), rescaled always (1)  180     201     167     180
+//             32 queries a warp, 64 keys a tile (1)                            217     315     248     218
+//             ... rescaled only when a maximum grew                            226     325     251     228     326   <- in use
+//             ... 32 keys a tile (D 128: less shared memory), rescaled (1)     198     278     221     197           <- D 128, 99 KB
+//             FlashAttention-2                                                 192     292     204     187
+//   backward  two kernels, dQ and dK dV: 7 products (1)                        138     164     141     137
+//             one kernel, 16 keys a warp, 8 warps, 64 queries a tile             -     197     158       -     182
+//             ... 4 warps, 32 queries (D 128: less shared memory) (1)          135     172     141     129
+//             ... ... a warp has 32 rows of dQ (1)                               -     176     145       -           <- D 128, A100, 99 KB
+//             ... 4 warps, 64 queries                                          149       -       -     152
+//             32 keys a warp, 4 warps, 32 queries                              154       -       -     143           <- D 64
+//             two warps share 32 keys, 8 warps, 64 queries                       -     218     175       -     201   <- D 128
+//             FlashAttention-2                                                 128     207     139     119
+// FlashAttention-2: PyTorch's scaled_dot_product_attention with its flash backend, on a machine of the same kind at another time. Its
+// backward pass adds up dQ with float atomics unless asked for the same bits.
+//
+// Limit     Shared memory, by arithmetic and these measurements (no profiler has run). A fragment for two mma is 4 clocks of a multiprocessor's
+//           shared memory (512 bytes); two mma are 2 clocks of its tensor cores at their peak. To use a fragment for two more, 32 rows a
+//           warp instead of 16, was the largest gain; more rows do not fit, all kernels use 228 to 255 of 255 registers. Beyond that lie
+//           instructions that read shared memory themselves (wgmma on Hopper, tcgen05 on B200), a kernel for each. Delta is a twentieth
+//           of the backward pass or less, at 2.5 TB/s or more.
+// Not kept  Backward, TFLOP/s of the columns with D 128: to skip, in the diagonal tile, queries that lie before all keys of a warp: 200, 166, 183
+//           instead of 218, 175, 201 (D 64: 155, 142 instead of 154, 143); together with red.global.add.v4.f32 for dQ, in the same fixed
+//           order: 220, 178, 206 (D 64: 156, 145): 1 to 2 % for an instruction of sm_90. D 64 with 4 key heads: 16 keys a warp
+//           are 6 % faster, but 3 % slower with 12: one shape for both is simpler.
 #pragma once
 #include <type_traits>
 #include "cuda.cuh"    // defines: launch, bf16, floatX, DYNAMIC_SHARED, lanes_sum, Vec
@@ -585,23 +609,26 @@ inline void attention_forward_mma(bf16* out, float* lse, const bf16* qkv, int B,
 }
 
 // ------------------------------------------------------------------ backward
-// A block owns kN keys and walks over the queries that see them, of every head of the group; a warp owns 16 kM keys and holds their dK
-// and dV. Keys are rows from the start (S^T = K Q^T), so P^T and dS^T are at hand as operands of dV and dK without a transposition. For
-// dQ the warps share dS through shared memory.
+// A block owns kN keys and walks over the queries that see them, of every head of the group; kS warps own 16 kM of these keys and hold
+// their dK and dV. Keys are rows from the start (S^T = K Q^T), so P^T and dS^T are at hand as operands of dV and dK without a
+// transposition. For dQ the warps share dS through shared memory; a warp computes 16 kDqM rows of it.
+// kS = 2: for D = 128 the sums of dK and dV of 32 keys are too many registers for a warp. So two warps share 32 keys: each computes S and dP
+// of half of the queries of a tile and sums half of the columns of dK and dV, and takes the other half of P and dS from shared memory.
+// With kM = 2 a fragment of Q or dO serves two mma again.
 //
 // dQ of a query sums over keys, so over blocks: each block adds its part into a float buffer once the block of the next keys has added
 // its own (a counter for each warp's part says how many have). So the order of the sum is fixed: the keys of the diagonal first, the first
 // keys last; and the last one writes dQ. Blocks of a head start together, the block of keys j sees its queries j, j + 1, ...: when it comes
 // to query tile i, the block of keys j + 1 has left it one step before. Nobody waits in the ideal case. A block waits only for blocks that
 // drew an earlier ticket, so for blocks that run or have ended: no deadlock, whatever order the machine starts blocks in.
-template <int kD_, int kWarps_, int kM_, int kQ_> struct BackwardTiles {
-  static constexpr int kD = kD_, kWarps = kWarps_, kM = kM_, kQ = kQ_;         // kQ: queries of a tile
-  static constexpr int kThreads = 32 * kWarps, kMinBlocks = 8 / kWarps, kN = 16 * kM * kWarps;
+template <int kD_, int kWarps_, int kM_, int kS_, int kQ_> struct BackwardTiles {
+  static constexpr int kD = kD_, kWarps = kWarps_, kM = kM_, kS = kS_, kQ = kQ_;     // kQ: queries of a tile
+  static constexpr int kThreads = 32 * kWarps, kMinBlocks = 8 / kWarps, kN = 16 * kM * kWarps / kS;
   static constexpr int kDsStride = kQ + 8;
-  static constexpr int kOwn = kN * kMmaStride<kD>, kTile = kQ * kMmaStride<kD>;
-  static constexpr size_t kShared = (2 * kOwn + 4 * kTile + kN * kDsStride) * sizeof(bf16) + 4 * kQ * sizeof(float);
-  static constexpr int kRowGroups = kQ / 16, kColumns = kD / (kWarps / kRowGroups);   // a warp computes 16 x kColumns of a tile's dQ
-  static_assert(kWarps % kRowGroups == 0 && kColumns % 16 == 0 && kN % kQ == 0, "dQ is shared out among the warps");
+  static constexpr int kOwn = kN * kMmaStride<kD>, kTile = kQ * kMmaStride<kD>, kDsTile = kN * kDsStride;
+  static constexpr size_t kShared = (2 * kOwn + 4 * kTile + (kS > 1 ? 2 : 1) * kDsTile) * sizeof(bf16) + 4 * kQ * sizeof(float);
+  static constexpr int kDqM = kD / 64, kRowGroups = kQ / (16 * kDqM), kColumns = kD / (kWarps / kRowGroups);   // dQ: 16 kDqM x kColumns a warp
+  static_assert(kWarps % kRowGroups == 0 && kColumns % 16 == 0 && kN % kQ == 0 && kQ % (16 * kS) == 0, "every warp has the same to do");
   static_assert(2 * kQ <= kThreads, "a thread copies one number of the statistics");
 };
 // One piece of memory: delta [B, H, T], the sums of dQ [B, H, query tiles, kQ, kD], how many blocks have added to each warp's part of a
@@ -642,17 +669,17 @@ __device__ inline Vec<float, 4> load_l2(const float* p) {      // another block 
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
 attention_backward_mma_kernel(bf16* dqkv, const bf16* dout, const bf16* qkv, const float* lse, BackwardScratch scratch, int T, int H, int KV, int D) {
-  constexpr int kD = C::kD, kM = C::kM, kQ = C::kQ, kN = C::kN;
+  constexpr int kD = C::kD, kM = C::kM, kQ = C::kQ, kN = C::kN, kS = C::kS, kOwnQ = kQ / kS, kOwnD = kD / kS;
   DYNAMIC_SHARED(bf16, shared);
   __shared__ int drawn;
   bf16 *k_tile = shared, *v_tile = k_tile + C::kOwn, *q_tiles = v_tile + C::kOwn, *do_tiles = q_tiles + 2 * C::kTile;
-  bf16* ds_tile = do_tiles + 2 * C::kTile;
-  float* stats = (float*)(ds_tile + kN * C::kDsStride);                        // [stage][lse, delta][kQ]
+  bf16 *ds_tile = do_tiles + 2 * C::kTile, *p_tile = ds_tile + C::kDsTile;     // [kN][kQ]; P only if warps share keys
+  float* stats = (float*)(p_tile + (kS > 1 ? C::kDsTile : 0));                 // [stage][lse, delta][kQ]
   if (threadIdx.x == 0) drawn = atomicAdd(scratch.ticket, 1);
   __syncthreads();
   const int blocks = ceil_div(T, kN), group = H / KV;
   const int j = blocks - 1 - drawn % blocks, kv = drawn / blocks % KV, b = drawn / blocks / KV, first = j * kN;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row0 = first + warp * 16 * kM, g = lane / 4, t = lane % 4;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row0 = first + warp / kS * 16 * kM, g = lane / 4, t = lane % 4;
   const HeadRows<const bf16> x = head_rows(qkv, b, kv * group, T, H, KV, D);
   const float scale = kLog2E / sqrtf(D);
   const int all_tiles = ceil_div(T, kQ), first_tile = first / kQ, steps = (all_tiles - first_tile) * group;
@@ -672,72 +699,80 @@ attention_backward_mma_kernel(bf16* dqkv, const bf16* dout, const bf16* qkv, con
   start_tile<kD, kN, C::kThreads>(k_tile, x.k, x.ld, first, T, D);
   start_tile<kD, kN, C::kThreads>(v_tile, x.v, x.ld, first, T, D);
   start_copy(0);
-  const int own = warp * 16 * kM;
+  // what is this warp's: keys from row `own` of the tile on, of S the queries from own_q on, of dK and dV the columns from own_d on
+  const int own = warp / kS * 16 * kM, own_q = warp % kS * kOwnQ, own_d = warp % kS * kOwnD;
   auto keys = [&](int k, uint32_t (&a)[kM][4]) { load_fragments<kD, kM>(a, k_tile + own * kMmaStride<kD>, k); };
   auto values = [&](int k, uint32_t (&a)[kM][4]) { load_fragments<kD, kM>(a, v_tile + own * kMmaStride<kD>, k); };
 
-  float dk[kM][kD / 8][4] = {}, dv[kM][kD / 8][4] = {};
-  const int dq_row = warp % C::kRowGroups * 16, dq_column = warp / C::kRowGroups * C::kColumns;     // the part of dQ of this warp
-  constexpr int kPart = C::kColumns / 8;                                       // fragments of that part, four numbers each
+  float dk[kM][kOwnD / 8][4] = {}, dv[kM][kOwnD / 8][4] = {};
+  const int dq_row = warp % C::kRowGroups * 16 * C::kDqM, dq_column = warp / C::kRowGroups * C::kColumns;     // the part of dQ of this warp
+  constexpr int kDqN = C::kColumns / 8, kPart = C::kDqM * kDqN;                // fragments of that part, four numbers each
   int tile = first_tile, head = 0;
   int* release = nullptr;                        // the counter to be set when the sums stored in the step before can be seen by all
   int release_value = 0;
   for (int step = 0; step < steps; step++) {
     cp_async_wait<0>();
     __syncthreads();
-    const int stage = step % 2, query0 = tile * kQ;
+    const int stage = step % 2, query0 = tile * kQ, own_query0 = query0 + own_q;
     if (step + 1 < steps) start_copy(stage ^ 1);
     const bf16 *q_rows = q_tiles + stage * C::kTile, *do_rows = do_tiles + stage * C::kTile;
     const float* stat = stats + stage * 2 * kQ;
-    float s[kM][kQ / 8][4], dp[kM][kQ / 8][4];   // rows: keys, columns: queries
-    product_transposed<kD, kM, kQ / 8>(s, keys, q_rows);
-    if (release && lane == 0) store_release(release, release_value);
+    float s[kM][kOwnQ / 8][4], dp[kM][kOwnQ / 8][4];                           // rows: keys, columns: queries
+    product_transposed<kD, kM, kOwnQ / 8>(s, keys, q_rows + own_q * kMmaStride<kD>);
 #pragma unroll
-    for (int n = 0; n < kQ / 8; n++) {
-      const Vec<float, 2> l = load_vec<2>(stat + 8 * n + 2 * t);
+    for (int n = 0; n < kOwnQ / 8; n++) {
+      const Vec<float, 2> l = load_vec<2>(stat + own_q + 8 * n + 2 * t);
 #pragma unroll
       for (int m = 0; m < kM; m++)
 #pragma unroll
         for (int i = 0; i < 4; i++) s[m][n][i] = ex2_approx(s[m][n][i] * scale - l.v[i % 2] * kLog2E);
     }
-    if (query0 < row0 + 16 * kM - 1) {
+    product_transposed<kD, kM, kOwnQ / 8>(dp, values, do_rows + own_q * kMmaStride<kD>);
+    if (own_query0 < row0 + 16 * kM - 1) {
 #pragma unroll
       for (int m = 0; m < kM; m++)
 #pragma unroll
-        for (int n = 0; n < kQ / 8; n++)
+        for (int n = 0; n < kOwnQ / 8; n++)
 #pragma unroll
           for (int i = 0; i < 4; i++)
-            if (row0 + 16 * m + g + i / 2 * 8 > query0 + 8 * n + 2 * t + i % 2) s[m][n][i] = 0;
+            if (row0 + 16 * m + g + i / 2 * 8 > own_query0 + 8 * n + 2 * t + i % 2) s[m][n][i] = 0;
     }
-    product_transposed<kD, kM, kQ / 8>(dp, values, do_rows);
-    uint32_t p[kQ / 16][kM][4], ds[kQ / 16][kM][4];
+    uint32_t p[kOwnQ / 16][kM][4], ds[kOwnQ / 16][kM][4];
 #pragma unroll
-    for (int c = 0; c < kQ / 16; c++)
+    for (int c = 0; c < kOwnQ / 16; c++)
 #pragma unroll
       for (int m = 0; m < kM; m++) {
         pack_fragment(p[c][m], s[m][2 * c], s[m][2 * c + 1]);
 #pragma unroll
         for (int n = 2 * c; n < 2 * c + 2; n++) {
-          const Vec<float, 2> delta = load_vec<2>(stat + kQ + 8 * n + 2 * t);
+          const Vec<float, 2> delta = load_vec<2>(stat + kQ + own_q + 8 * n + 2 * t);
 #pragma unroll
           for (int i = 0; i < 4; i++) dp[m][n][i] = s[m][n][i] * (dp[m][n][i] - delta.v[i % 2]);
         }
         pack_fragment(ds[c][m], dp[m][2 * c], dp[m][2 * c + 1]);
 #pragma unroll
-        for (int r = 0; r < 4; r++)
-          *(uint32_t*)(ds_tile + (own + 16 * m + g + r % 2 * 8) * C::kDsStride + 16 * c + r / 2 * 8 + 2 * t) = ds[c][m][r];
+        for (int r = 0; r < 4; r++) {
+          const int at = (own + 16 * m + g + r % 2 * 8) * C::kDsStride + own_q + 16 * c + r / 2 * 8 + 2 * t;
+          *(uint32_t*)(ds_tile + at) = ds[c][m][r];
+          if (kS > 1) *(uint32_t*)(p_tile + at) = p[c][m][r];
+        }
       }
 #pragma unroll
-    for (int c = 0; c < kQ / 16; c++) product_rows<kD, kD, kM>(dv, p[c], do_rows + 16 * c * kMmaStride<kD>);
-    __syncthreads();                             // dS is complete
+    for (int c = 0; c < kOwnQ / 16; c++) product_rows<kD, kOwnD, kM>(dv, p[c], do_rows + (own_q + 16 * c) * kMmaStride<kD> + own_d);
+    if (release && lane == 0) store_release(release, release_value);
+    __syncthreads();                             // dS and P are complete
 
-    float dq[1][C::kColumns / 8][4] = {};
+    float dq[C::kDqM][kDqN][4] = {};
 #pragma unroll
-    for (int c = 0; c < kN / 16; c++) {
-      uint32_t a[1][4];                          // stored by keys, read by queries
-      ldmatrix_x4_trans(a[0], ds_tile + (16 * c + lane / 16 * 8 + lane % 8) * C::kDsStride + dq_row + lane / 8 % 2 * 8);
-      product_rows<kD, C::kColumns, 1>(dq, a, k_tile + 16 * c * kMmaStride<kD> + dq_column);
-    }
+    for (int part = 0; part < kN / kQ; part++)           // one loop would be the same, but then ptxas 13.0 spills five registers more
+#pragma unroll
+      for (int c = part * kQ / 16; c < (part + 1) * kQ / 16; c++) {
+        uint32_t a[C::kDqM][4];                  // stored by keys, read by queries
+#pragma unroll
+        for (int m = 0; m < C::kDqM; m++)
+          ldmatrix_x4_trans(a[m], ds_tile + (16 * c + lane / 16 * 8 + lane % 8) * C::kDsStride + dq_row + 16 * m + lane / 8 % 2 * 8);
+        product_rows<kD, C::kColumns, C::kDqM>(dq, a, k_tile + 16 * c * kMmaStride<kD> + dq_column);
+      }
     const int before = query0 / kN - j, h = kv * group + head;                 // blocks that have added to these queries before this one
     const size_t part = ((size_t)(b * H + h) * all_tiles + tile) * C::kWarps + warp;
     float* sums = scratch.dq + part * kPart * 128 + 4 * lane;
@@ -749,21 +784,37 @@ attention_backward_mma_kernel(bf16* dqkv, const bf16* dout, const bf16* qkv, con
       for (int i = 0; i < kPart; i++) old[i] = load_l2(sums + i * 128);        // they arrive behind the next product
     }
 #pragma unroll
-    for (int c = 0; c < kQ / 16; c++) product_rows<kD, kD, kM>(dk, ds[c], q_rows + 16 * c * kMmaStride<kD>);
+    for (int c = 0; c < kOwnQ / 16; c++) product_rows<kD, kOwnD, kM>(dk, ds[c], q_rows + (own_q + 16 * c) * kMmaStride<kD> + own_d);
+#pragma unroll
+    for (int other = 1; other < kS; other++)
+#pragma unroll
+      for (int c = 0; c < kOwnQ / 16; c++) {     // the queries that the other warps of these keys have computed
+        const int query = (warp + other) % kS * kOwnQ + 16 * c;
+        uint32_t a[kM][4];
+#pragma unroll
+        for (int m = 0; m < kM; m++) ldmatrix_x4(a[m], p_tile + (own + 16 * m + lane % 16) * C::kDsStride + query + lane / 16 * 8);
+        product_rows<kD, kOwnD, kM>(dv, a, do_rows + query * kMmaStride<kD> + own_d);
+#pragma unroll
+        for (int m = 0; m < kM; m++) ldmatrix_x4(a[m], ds_tile + (own + 16 * m + lane % 16) * C::kDsStride + query + lane / 16 * 8);
+        product_rows<kD, kOwnD, kM>(dk, a, q_rows + query * kMmaStride<kD> + own_d);
+      }
+    auto fragment = [&](int i) -> float (&)[4] { return dq[i / kDqN][i % kDqN]; };
     if (before) {
 #pragma unroll
-      for (int i = 0; i < 4 * kPart; i++) dq[0][i / 4][i % 4] += old[i / 4].v[i % 4];
+      for (int i = 0; i < 4 * kPart; i++) fragment(i / 4)[i % 4] += old[i / 4].v[i % 4];
     }
     release = nullptr;
     if (j > 0) {
 #pragma unroll
-      for (int i = 0; i < kPart; i++) store_vec(sums + i * 128, Vec<float, 4>{{dq[0][i][0], dq[0][i][1], dq[0][i][2], dq[0][i][3]}});
+      for (int i = 0; i < kPart; i++) store_vec(sums + i * 128, Vec<float, 4>{{fragment(i)[0], fragment(i)[1], fragment(i)[2], fragment(i)[3]}});
       __syncwarp();
       release = scratch.done + part;
       release_value = before + 1;
     } else {
       const HeadRows<bf16> d = head_rows(dqkv, b, h, T, H, KV, D);
-      store_block<C::kColumns>(d.q, d.ld, dq[0], scale * kLn2, scale * kLn2, query0 + dq_row, dq_column, T, D);
+#pragma unroll
+      for (int m = 0; m < C::kDqM; m++)
+        store_block<C::kColumns>(d.q, d.ld, dq[m], scale * kLn2, scale * kLn2, query0 + dq_row + 16 * m, dq_column, T, D);
     }
     if (++tile == all_tiles) { tile = first_tile; head++; }
   }
@@ -771,8 +822,8 @@ attention_backward_mma_kernel(bf16* dqkv, const bf16* dout, const bf16* qkv, con
   const HeadRows<bf16> d = head_rows(dqkv, b, kv * group, T, H, KV, D);
 #pragma unroll
   for (int m = 0; m < kM; m++) {
-    store_block<kD>(d.k, d.ld, dk[m], scale * kLn2, scale * kLn2, row0 + 16 * m, 0, T, D);
-    store_block<kD>(d.v, d.ld, dv[m], 1, 1, row0 + 16 * m, 0, T, D);
+    store_block<kOwnD>(d.k, d.ld, dk[m], scale * kLn2, scale * kLn2, row0 + 16 * m, own_d, T, D);
+    store_block<kOwnD>(d.v, d.ld, dv[m], 1, 1, row0 + 16 * m, own_d, T, D);
   }
 }
 template <class C> void attention_backward_tiles(bf16* dqkv, const bf16* dout, const bf16* qkv, const bf16* out, const float* lse, float* scratch,
@@ -784,9 +835,9 @@ template <class C> void attention_backward_tiles(bf16* dqkv, const bf16* dout, c
 }
 // f(BackwardTiles): the tiles for head size D
 template <class F> void with_backward_tiles(int D, size_t shared, F f) {
-  using Small = BackwardTiles<64, 4, 2, 32>;
-  using Large = BackwardTiles<128, 8, 1, 64>;
-  using LargeLess = BackwardTiles<128, 4, 1, 32>;                              // 76 KB of shared memory instead of 155
+  using Small = BackwardTiles<64, 4, 2, 1, 32>;
+  using Large = BackwardTiles<128, 8, 2, 2, 64>;
+  using LargeLess = BackwardTiles<128, 4, 1, 1, 32>;                           // 76 KB of shared memory instead of 173: A100, GeForce
   if (D <= Small::kD) f(Small());
   else if (Large::kShared <= shared) f(Large());
   else f(LargeLess());
