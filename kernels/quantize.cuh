@@ -145,11 +145,11 @@ template <class T> void dequantize(T* out, const Operand4& p, const OperandRecip
 // The row copy reads 32 contiguous bytes a thread. For the column copy the 4 warps of a block bring a tile of 128 rows x 64 columns of the source into
 // shared memory, by whole 128-byte lines, and read it from there down its columns. Both write 256 contiguous bytes a row.
 constexpr int kStripThreads = 128;          // of a block on a GPU
-template <int kUnitColumns, bool kWarpAStrip, int kWarpUnits = 1> struct Share {
+template <int kUnitColumns, bool kWarpAStrip> struct Share {
   static constexpr bool kWarp = kWarpAStrip;
   static constexpr int kUnit = kUnitColumns;                   // columns of a block: 16, or 32 for MX formats
-  static constexpr int kUnits = kWarp ? kWarpUnits : 128 / kUnit;       // blocks of a row that a thread holds
-  static constexpr int kAlong = 128 / kUnit / kUnits;       // lanes along a row
+  static constexpr int kUnits = kWarp ? 1 : 128 / kUnit;       // blocks of a row that a thread holds
+  static constexpr int kAlong = kWarp ? 128 / kUnit : 1;       // lanes along a row
   static constexpr int kLanes = kWarp ? 32 : 1;
   static constexpr int kDown = kLanes / kAlong;                // lanes down the rows: a thread's rows are kDown apart
   static constexpr int kRows = 16 / kDown;                     // and this many
@@ -315,9 +315,9 @@ template <class S, bool kTranspose, class Source> struct StripRows {
   }
   __device__ __forceinline__ int row(int i) const { return at.row + i * S::kDown; }       // the thread's i-th row of the operand
   // The rows come in order, from 0 on after start(): a row copy reads one row ahead.
-  __device__ __forceinline__ void start() { if constexpr (!kTranspose && S::kWarp && S::kUnits == 1) next = x.template run<S::kUnit>(at.row, at.col); }
+  __device__ __forceinline__ void start() { if constexpr (!kTranspose && S::kUnits == 1) next = x.template run<S::kUnit>(at.row, at.col); }
   __device__ __forceinline__ void load(RowPart<S>& v, int i) {
-    if constexpr (!kTranspose && S::kWarp && S::kUnits == 1) {
+    if constexpr (!kTranspose && S::kUnits == 1) {
       const auto run = next;
       if (i + 1 < S::kRows) next = x.template run<S::kUnit>(row(i + 1), at.col);
 #pragma unroll
@@ -691,8 +691,8 @@ template <class S> __device__ __forceinline__ float eden_correction128(const flo
 
 // Pass 2: codes and scales. four_tiles: the choice of four over six in 16x16 tiles.
 template <bool kTranspose, bool kWarp, class Source>
-__global__ void __launch_bounds__(kStripThreads, 4) nvfp4_kernel(Operand4 out, const uint32_t* four_tiles, Source x, BlockHow how) {
-  using S = Share<16, kWarp, 2>;
+__global__ void __launch_bounds__(kStripThreads, 5) nvfp4_kernel(Operand4 out, const uint32_t* four_tiles, Source x, BlockHow how) {
+  using S = Share<16, kWarp>;
   const OperandRecipe& recipe = how.recipe;
   alignas(16) __shared__ typename Source::Element shared[shared_elements<S, kTranspose, Source>()];
   const Source source = x.ready();
