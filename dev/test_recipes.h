@@ -394,6 +394,7 @@ inline void test_packed_and_values() {
   decoded.report("decoded from codes, scales and outer scales alone, every format gives the oracle's values");
 }
 
+#ifdef CPU_BUILD                                              // a GPU build has no use for the CPU's form, and it is long to compile
 // On a GPU a warp shares a strip of 16x128 out among its lanes, on the CPU a thread has it alone: the same bits from both forms of every kernel, also
 // from a packed source; and amax_of_both() finds what quantize() finds in two readings.
 template <bool kWarp> OperandBytes strip_form(const bf16* x, const Operand4* from, const OperandRecipe& from_how, const OperandRecipe& o, const QuantizeHow& how, int rows, int cols) {
@@ -441,6 +442,9 @@ inline void test_strip_forms() {
   m.report("a warp a strip and a thread a strip give the same bits, in every format, from a packed operand too");
   amax.report("amax of a tensor and of its rotated transpose in one reading");
 }
+#else
+inline void test_strip_forms() { skip("a warp a strip and a thread a strip give the same bits", "the CPU's build compares them"); }
+#endif
 
 // 16x16 blocks: W and W^T hold the same codes and scales under every rule, 4/6 with its one choice for a tile among them.
 inline void test_tiles_and_transpose() {

@@ -44,11 +44,12 @@ __global__ void adamw_kernel(float* __restrict__ master, floatX* __restrict__ co
     Vec<float, kVec> w = load_vec<kVec>(master + at), m1 = load_vec<kVec>(m + at), m2 = load_vec<kVec>(v + at);
     const float decay = !decayed || decayed[at / kDecayGroup] ? f.decay : 1.0f;
     for (int i = 0; i < kVec; i++) {
-      const float gi = g.v[i] * scale;
-      w.v[i] *= decay;
-      m1.v[i] += f.one_minus_beta1 * (gi - m1.v[i]);
-      m2.v[i] = f.beta2 * m2.v[i] + f.one_minus_beta2 * gi * gi;
-      w.v[i] -= f.step_size * (m1.v[i] / (sqrtf(m2.v[i]) / f.sqrt_bias2 + f.eps));
+      // Each operation rounded by itself: left to the compiler, what it fuses depended on whether there is a table of groups.
+      const float gi = __fmul_rn(g.v[i], scale);
+      m1.v[i] = __fadd_rn(m1.v[i], __fmul_rn(f.one_minus_beta1, __fsub_rn(gi, m1.v[i])));
+      m2.v[i] = __fadd_rn(__fmul_rn(f.beta2, m2.v[i]), __fmul_rn(__fmul_rn(f.one_minus_beta2, gi), gi));
+      const float update = m1.v[i] / __fadd_rn(sqrtf(m2.v[i]) / f.sqrt_bias2, f.eps);
+      w.v[i] = __fsub_rn(__fmul_rn(w.v[i], decay), __fmul_rn(f.step_size, update));
     }
     store_vec(master + at, w);
     store_vec(m + at, m1);

@@ -33,7 +33,13 @@ __host__ __device__ __forceinline__ float e2m1_decode(int code) {
 }
 // Rounding is arithmetic on floats: what the emulation wants is the rounded value, and only a packed operand its code. The grid has steps of .5
 // below 2, of 1 below 4, of 2 up to 6: half the power of two below the value, which is taken as 1 at least.
-__host__ __device__ __forceinline__ float e2m1_saturate(float a) { return kOnCpu ? (a < 6.0f ? a : 6.0f) : fminf(a, 6.0f); }      // NaN -> 6
+__host__ __device__ __forceinline__ float e2m1_saturate(float a) {             // NaN -> 6
+#ifdef __CUDA_ARCH__
+  return fminf(a, 6.0f);
+#else
+  return a < 6.0f ? a : 6.0f;                                                // a loop of these vectorizes
+#endif
+}
 __host__ __device__ __forceinline__ uint32_t e2m1_binade(float a) {           // that power of two, as bits
   const uint32_t b = float_bits(a) & 0x7f800000u;
   return b > 0x3f800000u ? b : 0x3f800000u;
