@@ -13,6 +13,7 @@
 #include <vector>
 #include "../kernels/gemm.cuh"
 #include "../kernels/mlp.cuh"
+#include "../kernels/norm.cuh"
 
 __global__ void fill_kernel(bf16* x, size_t n, uint32_t seed) {                   // about normal: the sum of four uniform numbers
   for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < n; i += (size_t)gridDim.x * blockDim.x) {
@@ -126,8 +127,8 @@ void print(const Case& x, const Buffers& m) {
     std::sort(t.begin(), t.end());
     const float ms = t[t.size() / 2];
     const unsigned long long hash = hash_of(x, i, m);
-    printf("   %d  %7.3f ms %6.1f TFLOP/s  id %d tile %3u stages %2u cluster %2u split-K %d swizzle %u custom %u inner %u waves %.2f workspace %zu  %08x%s\n",
-           i, ms,
+    printf("   %d  %7.3f ms %6.1f TFLOP/s  id %d tile %3u stages %2u cluster %2u split-K %d swizzle %u custom %u inner %u waves %.2f "
+           "workspace %zu  %08x%s\n", i, ms,
            2.0 * x.M * x.N * x.K / ms / 1e9, attribute<int>(algo, CUBLASLT_ALGO_CONFIG_ID), attribute<uint32_t>(algo, CUBLASLT_ALGO_CONFIG_TILE_ID),
            attribute<uint32_t>(algo, CUBLASLT_ALGO_CONFIG_STAGES_ID), attribute<uint16_t>(algo, CUBLASLT_ALGO_CONFIG_CLUSTER_SHAPE_ID),
            attribute<int>(algo, CUBLASLT_ALGO_CONFIG_SPLITK_NUM), attribute<uint32_t>(algo, CUBLASLT_ALGO_CONFIG_CTA_SWIZZLING),
@@ -151,6 +152,8 @@ int main(int argc, char** argv) {
   m.sums = device_alloc<float>(std::max(gelu_backward_scratch(T, F), bias_backward_scratch(T, F)));
   auto fill = [](bf16* x, size_t n, uint32_t seed) { fill_kernel<<<1056, 256>>>(x, n, seed); };
   fill(m.a, wide, 1); fill(m.b, narrow, 2); fill(m.c, narrow, 3); fill(m.aux, narrow, 4); fill(m.bias, 65536, 5);
+  float* const weight = device_alloc<float>(2 * C);
+  device_zero(weight, 2 * C);
   device_zero(m.dw, (size_t)V * C);
   device_sync();
   std::vector<Case> cases;
@@ -179,7 +182,11 @@ int main(int argc, char** argv) {
     {"gelu_backward with sums", [&] { gelu_backward(m.d, m.sums, m.c, m.aux, m.sums, T, F); }, {}},
     {"column sums of 2304", [&] { column_sums_of_slots(m.sums, m.c, T, Q, bias_backward_slots(T, Q)); }, {}},
     {"column sums of 3072", [&] { column_sums_of_slots(m.sums, m.c, T, F, bias_backward_slots(T, F)); }, {}},
-    {"residual of 768", [&] { residual_forward(m.d, m.c, m.aux, m.bias, T, C); }, {}}};
+    {"residual of 768", [&] { residual_forward(m.d, m.c, m.aux, m.bias, T, C); }, {}},
+    {"norm of 768, row held", [&] { layernorm_forward(m.d, m.sums, m.sums + T, m.c, weight, weight + C, T, C, 1e-5f); }, {}},
+    {"norm of 768, three passes", [&] {
+      launch(norm_forward_kernel<true, 32, kVecX>, row_grid(T), row_block<32>(), 0, m.d, m.sums, m.sums + T, m.c, weight, weight + C, T, C, 1e-5f);
+    }, {}}};
 
   constexpr int kRounds = 13, kWarm = 2;
   for (int round = 0; round < kRounds; round++) {
