@@ -8,8 +8,9 @@
 //             dx_sums += sum over rows of the new dx: where dx is the gradient of a residual stream, the gradient of the bias of the
 //             branch that ended there; the row is in registers here, and would be read again otherwise
 // Shapes  x, out, dout, dx: [T, C] floatX. weight, bias, dweight, dbias: [C] FP32. mean, rstd: [T] FP32, kept for the backward pass.
-// How     Forward: a warp a row; three passes (mean, variance, output), the last two out of L1. The variance is a sum of squared
-//         deviations: E[x^2] - mean^2 would lose all digits where the mean is large.
+// How     Forward: a warp a row, which it holds in registers where it fits (up to 1024 channels in BF16); else three passes (mean, variance,
+//         output), the last two out of L1. The variance is a sum of squared deviations: E[x^2] - mean^2 would lose all digits where the
+//         mean is large.
 //         Backward: dx needs sums along rows, dweight sums along columns. On a GPU a block is as wide as a row, 16 bytes a thread, and
 //         holds 3 rows in registers: it reads them once, finds their means with one barrier, writes dx, and keeps the sums of its columns
 //         in registers to its end. For other widths, and on the CPU: a block takes 16 rows at a time; first its warps find the rows'
@@ -46,9 +47,60 @@ __global__ void norm_forward_kernel(floatX* out, float* mean_out, float* rstd_ou
   }
 }
 
+// The same by whole warps, with the row in registers: it is read once, all loads of a row are under way together, and the sums are those of
+// row_sum, in its order, so the bits are too. kHold: vectors of a row in each lane.
+template <bool kCenter, int kHold>
+__global__ void __launch_bounds__(kRowsPerBlock * 32, 4)
+norm_forward_held_kernel(floatX* __restrict__ out, float* __restrict__ mean_out, float* __restrict__ rstd_out, const floatX* __restrict__ x,
+                         const float* __restrict__ weight, const float* __restrict__ bias, int T, int C, float eps) {
+  const int row = row_index<32>(), lane = row_lane<32>();
+  if (row >= T) return;
+  x += (size_t)row * C;
+  out += (size_t)row * C;
+  Vec<floatX, kVecX> held[kHold];
+#pragma unroll
+  for (int h = 0; h < kHold; h++) {
+    const int c = (h * 32 + lane) * kVecX;
+    held[h] = c < C ? load_vec<kVecX>(x + c) : Vec<floatX, kVecX>{};
+  }
+  auto sum_of = [&](auto f) {
+    float sum[kVecX] = {};
+#pragma unroll
+    for (int h = 0; h < kHold; h++) {
+      if ((h * 32 + lane) * kVecX >= C) break;
+      for (int i = 0; i < kVecX; i++) sum[i] += f(to_float(held[h].v[i]));
+    }
+    for (int i = 1; i < kVecX; i++) sum[0] += sum[i];
+    return lanes_sum<32>(sum[0]);
+  };
+  const float mean = kCenter ? sum_of([](float v) { return v; }) / C : 0.0f;
+  const float variance = sum_of([=](float v) { return (v - mean) * (v - mean); }) / C;
+  const float rstd = 1.0f / sqrtf(variance + eps);
+#pragma unroll
+  for (int h = 0; h < kHold; h++) {
+    const int c = (h * 32 + lane) * kVecX;
+    if (c >= C) break;
+    const Vec<float, kVecX> w = load_vec<kVecX>(weight + c), b = kCenter ? load_vec<kVecX>(bias + c) : Vec<float, kVecX>{};
+    Vec<floatX, kVecX> o;
+    for (int i = 0; i < kVecX; i++) o.v[i] = from_float<floatX>((to_float(held[h].v[i]) - mean) * rstd * w.v[i] + b.v[i]);
+    store_vec(out + c, o);
+  }
+  if (lane == 0) {
+    if (kCenter) mean_out[row] = mean;
+    rstd_out[row] = rstd;
+  }
+}
+
 template <bool kCenter, int kLanes>
 void norm_forward(floatX* out, float* mean, float* rstd, const floatX* x, const float* weight, const float* bias, int T, int C, float eps) {
   auto kernel = C % kVecX == 0 ? norm_forward_kernel<kCenter, kLanes, kVecX> : norm_forward_kernel<kCenter, kLanes, 1>;
+  if (kLanes == 32 && C % kVecX == 0) {
+    const int hold = ceil_div(C, 32 * kVecX);
+    if (hold == 1) kernel = norm_forward_held_kernel<kCenter, 1>;
+    if (hold == 2) kernel = norm_forward_held_kernel<kCenter, 2>;
+    if (hold == 3) kernel = norm_forward_held_kernel<kCenter, 3>;
+    if (hold == 4) kernel = norm_forward_held_kernel<kCenter, 4>;
+  }
   launch(kernel, row_grid(T), row_block<kLanes>(), 0, out, mean, rstd, x, weight, bias, T, C, eps);
 }
 template <int kLanes = kRowLanes>
