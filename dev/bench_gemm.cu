@@ -110,12 +110,6 @@ unsigned long long hash_of(const Case& x, int i, const Buffers& m) {            
   return hash;
 }
 
-template <class T> T attribute(const cublasLtMatmulAlgo_t& algo, cublasLtMatmulAlgoConfigAttributes_t what) {
-  T v = 0;
-  size_t n;
-  cublasLtMatmulAlgoConfigGetAttribute(&algo, what, &v, sizeof v, &n);
-  return v;
-}
 void print(const Case& x, const Buffers& m) {
   printf("%6d x %5d x %5d %-8s %-18s scalars %s", x.M, x.N, x.K,
          x.a_transposed ? "A^T B" : x.b_transposed ? "A B" : "A B^T", extra_name(x.extra), x.host ? "host" : "device");
@@ -129,11 +123,12 @@ void print(const Case& x, const Buffers& m) {
     const unsigned long long hash = hash_of(x, i, m);
     printf("   %d  %7.3f ms %6.1f TFLOP/s  id %d tile %3u stages %2u cluster %2u split-K %d swizzle %u custom %u inner %u waves %.2f "
            "workspace %zu  %08x%s\n", i, ms,
-           2.0 * x.M * x.N * x.K / ms / 1e9, attribute<int>(algo, CUBLASLT_ALGO_CONFIG_ID), attribute<uint32_t>(algo, CUBLASLT_ALGO_CONFIG_TILE_ID),
-           attribute<uint32_t>(algo, CUBLASLT_ALGO_CONFIG_STAGES_ID), attribute<uint16_t>(algo, CUBLASLT_ALGO_CONFIG_CLUSTER_SHAPE_ID),
-           attribute<int>(algo, CUBLASLT_ALGO_CONFIG_SPLITK_NUM), attribute<uint32_t>(algo, CUBLASLT_ALGO_CONFIG_CTA_SWIZZLING),
-           attribute<uint32_t>(algo, CUBLASLT_ALGO_CONFIG_CUSTOM_OPTION),
-           attribute<uint16_t>(algo, CUBLASLT_ALGO_CONFIG_INNER_SHAPE_ID), x.results[i].wavesCount,
+           2.0 * x.M * x.N * x.K / ms / 1e9, algo_attribute<int>(algo, CUBLASLT_ALGO_CONFIG_ID),
+           algo_attribute<uint32_t>(algo, CUBLASLT_ALGO_CONFIG_TILE_ID),
+           algo_attribute<uint32_t>(algo, CUBLASLT_ALGO_CONFIG_STAGES_ID), algo_attribute<uint16_t>(algo, CUBLASLT_ALGO_CONFIG_CLUSTER_SHAPE_ID),
+           algo_attribute<int>(algo, CUBLASLT_ALGO_CONFIG_SPLITK_NUM), algo_attribute<uint32_t>(algo, CUBLASLT_ALGO_CONFIG_CTA_SWIZZLING),
+           algo_attribute<uint32_t>(algo, CUBLASLT_ALGO_CONFIG_CUSTOM_OPTION),
+           algo_attribute<uint16_t>(algo, CUBLASLT_ALGO_CONFIG_INNER_SHAPE_ID), x.results[i].wavesCount,
            x.results[i].workspaceSize, (unsigned)(hash ^ hash >> 32), hash == hash_of(x, i, m) ? "" : "  NOT THE SAME BITS TWICE");
   }
 }

@@ -252,6 +252,70 @@ inline void test_gemm_exact() {
   scaled.report("and with alpha: the exact product times alpha, rounded once in FP32");
 }
 
+// A large GEMM is run many times at its first use, to find the fastest algorithm (choose_fastest() in gemm.cuh). None of it may show in D.
+#ifndef CPU_BUILD
+struct LargeGemms { Mismatches values, bits, again, rest; int timed = 0, chosen = 0, shapes = 0; bool guards = true; };
+template <class DType> void test_gemm_large_case(const GemmCase& c, LargeGemms& out, Rng& rng) {
+  const int ldd = c.N + 8;
+  InputX A(random_array((size_t)c.M * c.K, rng)), B(random_array((size_t)c.N * c.K, rng)), bias(random_array(c.N, rng));
+  std::vector<DType> before((size_t)c.M * ldd), elsewhere(before.size(), from_float<DType>(NAN));
+  for (size_t i = 0; i < before.size(); i++) before[i] = from_float<DType>((int)(i % ldd) < c.N && c.accumulate ? 8 * (float)rng.normal() : NAN);
+  TestArray<DType> D(c.with_c ? elsewhere : before), C(before);
+  Gemm g;
+  g.M = c.M; g.N = c.N; g.K = c.K; g.a_transposed = c.a_transposed; g.b_transposed = c.b_transposed; g.d_fp32 = c.d_fp32; g.accumulate = c.accumulate;
+  g.A = A.p; g.lda = c.a_transposed ? c.M : c.K; g.B = B.p; g.ldb = c.b_transposed ? c.N : c.K; g.D = D.p; g.ldd = ldd;
+  if (c.with_bias) g.bias = bias.p;
+  if (c.with_c) g.C = C.p;
+  auto run = [&](bool first) {
+    D.set(c.with_c ? elsewhere : before);
+    if (!first) gemm(g);
+    else cublas_check_at(run_plan(g, plan_of(g), plan_of(g).first, D.p), "the first algorithm", g);
+    return D.host();
+  };
+  const std::vector<DType> got = run(false), again = run(false), first = run(true);
+  for (size_t i = 0; i < got.size(); i++) {
+    const bool inside = (int)(i % ldd) < c.N;
+    out.bits.add(!memcmp(&got[i], &first[i], sizeof(DType)), "element", (double)i, to_float(got[i]), to_float(first[i]));
+    out.again.add(!memcmp(&got[i], &again[i], sizeof(DType)), "element", (double)i, to_float(again[i]), to_float(got[i]));
+    if (!inside) out.rest.add(!memcmp(&got[i], &before[i], sizeof(DType)), "element", (double)i, to_float(got[i]), NAN);
+  }
+  for (int sample = 0; sample < 4000; sample++) {            // against the sum itself, in double
+    const size_t m = rng.below(c.M), n = rng.below(c.N), i = m * ldd + n;
+    double ref = (c.accumulate ? to_float(before[i]) : 0) + (c.with_bias ? bias.values[n] : 0), terms = std::fabs(ref);
+    for (size_t k = 0; k < (size_t)c.K; k++) {
+      const double t = A.values[c.a_transposed ? k * c.M + m : m * c.K + k] * B.values[c.b_transposed ? k * c.N + n : n * c.K + k];
+      ref += t; terms += std::fabs(t);
+    }
+    const double tolerance = (sizeof(DType) == 2 ? 0x1p-8 : kRoundFp32) * std::fabs(ref) + 2 * kUlp * (2 + std::sqrt(c.K) + c.K / 16.) * terms;
+    out.values.add(std::fabs(to_float(got[i]) - ref) <= tolerance, "element", (double)i, to_float(got[i]), ref);
+  }
+  const CublasLt::Plan& p = plan_of(g);
+  out.timed += p.timed; out.chosen += memcmp(&p.algo, &p.first, sizeof p.algo) != 0; out.shapes++;
+  out.guards = out.guards && D.guard_intact() && C.guard_intact();
+}
+inline void test_gemm_large() {
+  const int M = 8200, N = 1032, K = 640;                     // 1.1e10 flops: large for choose_fastest()
+  Rng rng(130);
+  LargeGemms out;
+  test_gemm_large_case<floatX>({M, N, K, false, false, false, false, false, false, false}, out, rng);
+  test_gemm_large_case<floatX>({M, N, K, false, true, false, false, false, true, false}, out, rng);
+  test_gemm_large_case<floatX>({M, N, K, false, false, false, true, false, true, true}, out, rng);
+  test_gemm_large_case<floatX>({M, N, K, false, false, false, true, false, false, false}, out, rng);      // into D itself: once, not once a run
+  test_gemm_large_case<float>({M, N, K, true, true, true, true, false, false, false}, out, rng);
+  char timed[100];
+  snprintf(timed, sizeof timed, " (%d shapes, %d algorithms timed, another than the first chosen %d times)", out.shapes, out.timed, out.chosen);
+  out.values.report("large GEMMs are right at their first use: D written, D added to once, C and bias added once");
+  out.bits.report("the algorithm that was chosen by its time gives every bit of the heuristic's first" + std::string(timed));
+  out.again.report("and the second use gives the bits of the first use");
+  out.rest.report("and elements of D beyond column N stay");
+  check("and nothing is written beyond the buffers", out.guards);
+}
+#else
+inline void test_gemm_large() {
+  skip("a large GEMM's algorithm, chosen by its time, gives the bits of the heuristic's first", "the CPU has one algorithm");
+}
+#endif
+
 // ------------------------------------------------------------------------------------------------------------------------------
 // Norms
 
@@ -817,6 +881,7 @@ inline void test_layers() {
   if (section("layers: GEMM")) {
     test_gemm();
     test_gemm_exact();
+    test_gemm_large();
   }
   if (section("layers: norms, MLP, embedding, loss, gradient norm")) {
     test_lane_kernels<kRowLanes>();

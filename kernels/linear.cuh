@@ -66,7 +66,8 @@ inline bool linear_needs_rotated(const Recipe& r) {
   return r.estimator.w != Estimator::ste || r.estimator.x != Estimator::ste || rotated_forward;
 }
 
-// What is added to X W^T before it is rounded: bias [N] and residual [T,N]; null: nothing.
+// What is added to X W^T before it is rounded: bias [N] and residual [T,N]; null: nothing. They are not free there: .135 ms a layer, 1.6 ms a step.
+// A kernel of its own for the residual costs 2.5 ms a step, one fused with the norm that follows an estimated 1.8 (GPT-2 124M B64, H100).
 struct LinearEpilogue { const floatX *bias = nullptr, *residual = nullptr; };
 
 // What the forward pass leaves for the backward pass of one layer: packed operands. Allocated with want_linear_saved().
