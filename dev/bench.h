@@ -11,6 +11,7 @@
 #include "../kernels/loss.cuh"
 #include "../kernels/mlp.cuh"
 #include "../kernels/norm.cuh"
+#include "quantize_simple.cuh"
 #include "testing.h"
 
 // Median time of f in seconds.
@@ -75,23 +76,41 @@ inline void bench() {
   s.tiles = device_alloc<uint32_t>(linear_tile_words(T, C, F));
   s.scalars = device_alloc<float>(kLinearScalars);
   uint8_t *codes = device_alloc<uint8_t>(n / 2), *scales = device_alloc<uint8_t>(std::max(scale_bytes(T, F), scale_bytes(F, T)));
-  auto quantizer = [&](const char* name, int rows, int cols, bool transpose, bool tile16, bool stochastic, int hadamard, bool packed) {
+  auto quantizer = [&](const char* name, int rows, int cols, bool transpose, bool tile16, bool stochastic, int hadamard, bool packed,
+                       bool amax_known = false) {
     Operand4 out;
     out.rows = transpose ? cols : rows; out.cols = transpose ? rows : cols; out.ld = operand_ld(out.cols); out.amax = s.scalars;
     if (packed) { out.codes = codes; out.scales = scales; } else out.values = y;
     QuantizeHow how;
     how.transpose = transpose; how.tile16 = tile16; how.stochastic = stochastic; how.hadamard = hadamard; how.signs = kFixedSigns;
     const double elements = (double)rows * cols;
-    row((std::string("NVFP4 ") + name + (packed ? ", packed" : ", values")).c_str(), elements * (X + (packed ? 0.5625 : X)), [&] { quantize_nvfp4(out, x, how, s.tiles); });
+    if (amax_known) { quantize_nvfp4(out, x, how, s.tiles); how.amax_known = true; }
+    const std::string full = std::string("NVFP4 ") + name + (amax_known ? ", amax known" : packed ? ", packed" : ", values");
+    row(full.c_str(), elements * (X + (packed ? 0.5625 : X)), [&] { quantize_nvfp4(out, x, how, s.tiles); });
   };
-  for (bool packed : {false, true}) {
-    quantizer("fprop X: 1x16 RN", T, F, false, false, false, 0, packed);
-    quantizer("fprop W: 16x16 RN", F, C, false, true, false, 0, packed);
-    quantizer("dgrad dY: 1x16 SR", T, F, false, false, true, 0, packed);
-    quantizer("dgrad W^T: 16x16 RN, column copy", F, C, true, true, false, 0, packed);
-    quantizer("wgrad dY^T: 1x16 SR RHT16, column copy", T, F, true, false, true, 16, packed);
-    quantizer("wgrad X^T: 1x16 RN RHT16, column copy", T, F, true, false, false, 16, packed);
+  for (int form : {0, 1, 2}) {                              // values with and without the pass that finds amax; packed
+    const bool packed = form == 2, known = form == 1;
+    quantizer("fprop X: 1x16 RN", T, F, false, false, false, 0, packed, known);
+    quantizer("fprop W: 16x16 RN", F, C, false, true, false, 0, packed, known);
+    quantizer("dgrad dY: 1x16 SR", T, F, false, false, true, 0, packed, known);
+    quantizer("dgrad W^T: 16x16 RN, column copy", F, C, true, true, false, 0, packed, known);
+    quantizer("wgrad dY^T: 1x16 SR RHT16, column copy", T, F, true, false, true, 16, packed, known);
+    quantizer("wgrad X^T: 1x16 RN RHT16, column copy", T, F, true, false, false, 16, packed, known);
   }
+  QuantizeHow turned;
+  turned.recipe = plain_nvfp4();
+  turned.recipe.rht = 16; turned.recipe.signs = Signs::fixed; turned.sign_bits[0] = kFixedSigns;
+  row("amax of a tensor and of its rotated transpose", X * e, [&] { amax_of_both(s.scalars, s.scalars + 1, x, T, F, turned); });
+#ifndef FP32
+  for (bool transpose : {false, true}) {                     // the first chapter, for comparison
+    Operand4 out;
+    out.rows = transpose ? F : T; out.cols = transpose ? T : F; out.ld = operand_ld(out.cols); out.amax = s.scalars; out.values = y;
+    QuantizeHow how;
+    how.recipe.format = Format::nvfp4; how.transpose = transpose; how.sign_bits[0] = kFixedSigns;
+    if (transpose) { how.recipe.rounding = Rounding::stochastic; how.recipe.rht = 16; how.recipe.signs = Signs::fixed; }
+    row(transpose ? "NVFP4 wgrad dY^T: 1x16 SR RHT16, simple" : "NVFP4 fprop X: 1x16 RN, simple", 2 * X * e, [&] { quantize_simple(out, x, how); });
+  }
+#endif
   float *stat = device_alloc<float>(2 * T), *weight = bench_random<float>(n / 4), *reduce = device_alloc<float>(std::max(std::max(norm_backward_scratch(T, C), grad_norm_scratch()), std::max(bias_backward_scratch(T, F), gelu_backward_scratch(T, F))));
   float *grad = device_alloc<float>(n / 4), *m = device_alloc<float>(n / 4), *v = device_alloc<float>(n / 4);
   device_zero(grad, n / 4); device_zero(m, n / 4); device_zero(v, n / 4);

@@ -5,6 +5,7 @@
 #include <vector>
 #include "../kernels/linear.cuh"
 #include "../kernels/quantize.cuh"
+#include "quantize_simple.cuh"
 #include "reference_recipes.h"
 #include "test_formats.h"
 #include "test_quantize.h"
@@ -392,6 +393,31 @@ inline void test_packed_and_values() {
   }
   partial.report("packed only and values only give what both together give, in every format");
   decoded.report("decoded from codes, scales and outer scales alone, every format gives the oracle's values");
+}
+
+// dev/quantize_simple.cuh, a thread a block, is what the fast kernels compute.
+inline void test_simple_quantizer() {
+  Mismatches m;
+  Rng rng(176);
+  for (const char* text : {"nvfp4", "nvfp4 rounding=stochastic", "nvfp4 rht=16", "nvfp4 rounding=stochastic rht=16"})
+    for (bool transpose : {false, true})
+      for (auto [src_rows, src_cols] : {std::pair(37, 300), std::pair(256, 192)}) {
+        const OperandRecipe o = operand_of(text);
+        TestArray<bf16> x(narrow<bf16>(widen(as_stored<bf16>(quantizer_data(kHeavyTail, src_rows, src_cols, 177)))));
+        QuantizeHow how = random_key(rng, transpose);
+        how.recipe = o;
+        OperandOnDevice fast(o, transpose ? src_cols : src_rows, transpose ? src_rows : src_cols, false, true), simple(o, fast.out.rows, fast.out.cols, false, true);
+        quantize(fast.out, (const bf16*)x.p, how, fast.groups.p);
+        quantize_simple(simple.out, x.p, how);
+        const std::vector<floatX> a = fast.values.host(), b = simple.values.host();
+        for (int r = 0; r < fast.out.rows; r++)
+          for (int c = 0; c < round_up(fast.out.cols, 16); c++) {
+            const size_t i = (size_t)r * fast.out.ld + c;
+            m.add(memcmp(&a[i], &b[i], sizeof a[i]) == 0, text, (double)i, to_float(b[i]), to_float(a[i]));
+          }
+        m.add(fast.amax.host()[0] == simple.amax.host()[0] && simple.guards(), text, -1, simple.amax.host()[0], fast.amax.host()[0]);
+      }
+  m.report("the simple quantizer of dev/ gives the bits of the fast one");
 }
 
 #ifdef CPU_BUILD                                              // a GPU build has no use for the CPU's form, and it is long to compile
@@ -1269,6 +1295,7 @@ inline void test_recipes() {
     test_recipe_bit_equality();
     test_packed_and_values();
     test_strip_forms();
+    test_simple_quantizer();
     test_tiles_and_transpose();
     test_recipe_golden();
     test_recipe_tiny_gradients();

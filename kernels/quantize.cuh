@@ -32,8 +32,16 @@
 // NaN     A NaN anywhere makes amax NaN (an unsigned comparison of bits, not fmaxf, which drops it), hence alpha NaN, hence the
 //         loss: E2M1 itself has no NaN and would hide it as 6. Formats without a tensor scale make the block's scale NaN.
 // Source  NVIDIA, arXiv 2509.25149, appendix C; the other papers are named in recipe.cuh. Random bits: philox.cuh.
-// Cost    amax: reads x once. Codes: reads x once, writes 2 bytes a value (values) or 0.56 (packed). About 20 operations a value
-//         with RN, 30 with SR, 4 more with RHT: bound by memory on a GPU. The rotation pass: reads x, writes 4 bytes a value.
+// Cost    amax: reads x once, for both copies of a tensor. Codes: reads x once, writes 2 bytes a value (values) or 0.56 (packed). About 25
+//         operations a value with RN, 35 with SR, 8 more with RHT: a GPU's arithmetic and its memory take about as long.
+//         Share of the speed of a copy of the same bytes, values of 32768 x 3072, amax included / known (H100):
+//                                                            row RN     row SR     column RN RHT16   column SR RHT16
+//             a thread a block, alone (dev/quantize_simple.cuh)    54 %       36 %        33 %              27 %
+//             strips in registers; columns by 8-byte loads     58 / 84    50 / 69     21 / 34           20 / 32
+//             columns through shared memory                    57 / 85    49 / 70     39 / 58           35 / 49
+//             fetched ahead; SR by one directed addition       57 / 83    52 / 73     52 / 74           43 / 59
+//         MX formats and FP8 reach 92 to 98 % by rows, 66 to 85 % by columns. What did not pay: all 4 rows of a lane at once (158 registers,
+//         8 warps a multiprocessor); two blocks of 16 a lane (spills: 1.6 times as long).
 #pragma once
 #include <type_traits>
 #include "formats.cuh"
@@ -700,71 +708,71 @@ __global__ void __launch_bounds__(kStripThreads, 5) nvfp4_kernel(Operand4 out, c
   const int blocks = ceil_div(out.cols, 16);
   const TensorScale tensor = wide ? TensorScale{} : outer_scale(recipe, *out.amax);
   for_each_strip<S, kTranspose>(source, how.rows_covered, how.cols_covered, shared, [&](auto& rows) {
-  const StripPlace at = rows.at;
-  RowPart<S> v;
-  unsigned tile_amax[S::kUnits] = {};
-  if (tile) {
+    const StripPlace at = rows.at;
+    RowPart<S> v;
+    unsigned tile_amax[S::kUnits] = {};
+    if (tile) {
+#pragma unroll 1
+      for (int i = 0; i < S::kRows; i++) {
+        how.row<S>(v, rows, i, out.cols);
+#pragma unroll
+        for (int u = 0; u < S::kUnits; u++) tile_amax[u] = max(tile_amax[u], block_amax_bits(v[u]));
+      }
+#pragma unroll
+      for (int u = 0; u < S::kUnits; u++) tile_amax[u] = max_down<S>(tile_amax[u]);
+      rows.start();
+    }
 #pragma unroll 1
     for (int i = 0; i < S::kRows; i++) {
+      const int row = rows.row(i);
       how.row<S>(v, rows, i, out.cols);
-#pragma unroll
-      for (int u = 0; u < S::kUnits; u++) tile_amax[u] = max(tile_amax[u], block_amax_bits(v[u]));
-    }
-#pragma unroll
-    for (int u = 0; u < S::kUnits; u++) tile_amax[u] = max_down<S>(tile_amax[u]);
-    rows.start();
-  }
-#pragma unroll 1
-  for (int i = 0; i < S::kRows; i++) {
-    const int row = rows.row(i);
-    how.row<S>(v, rows, i, out.cols);
-    const TensorScale outer = wide ? outer_scale(recipe, bits_float(max_along<S>(row_amax_bits(v)))) : tensor;
-    float magnitude[S::kUnits][16];
-    BlockScale scale[S::kUnits];
-#pragma unroll
-    for (int u = 0; u < S::kUnits; u++) {
-      const int block = at.col / 16 + u;
-      const float block_amax = bits_float(tile ? tile_amax[u] : block_amax_bits(v[u]));
-      BlockScale& s = scale[u];
-      s = block_scale(recipe, block_amax, outer);
-      if (four_six) {
-        const BlockScale four = block_scale(recipe, block_amax, outer, 1.5f);
-        ErrorPair error;
-        if (!tile) error.add(v[u], s, four);
-        if (tile ? row < out.rows && block < blocks && four_tiles[(size_t)(row / 16) * blocks + block] : error.four < error.six) s = four;
-      }
-      if (s.divide != 0) divide_block(v[u], s.divide);
-      else {
-#pragma unroll
-        for (int j = 0; j < 16; j++) v[u][j] = __fmul_rn(v[u][j], s.encode);
-      }
-      round_block(magnitude[u], v[u], recipe.rounding == Rounding::stochastic, how.key, (uint64_t)row * blocks + block);
-    }
-    if (is_eden(recipe)) {                                    // the scale takes the correction, and is rounded stochastically: 16 random bits
-      const float correction128 = recipe.rounding == Rounding::eden128 ? eden_correction128<S>(v, magnitude) : 0;
+      const TensorScale outer = wide ? outer_scale(recipe, bits_float(max_along<S>(row_amax_bits(v)))) : tensor;
+      float magnitude[S::kUnits][16];
+      BlockScale scale[S::kUnits];
 #pragma unroll
       for (int u = 0; u < S::kUnits; u++) {
-        EdenSums sums;
-        if (recipe.rounding == Rounding::eden16) sums.add(v[u], magnitude[u]);
-        const float correction = recipe.rounding == Rounding::eden16 ? sums.correction() : correction128;
-        const uint32_t random = random_block(how.key, (uint64_t)row * blocks + at.col / 16 + u).x & 0xffff;
-        scale[u].byte = e4m3_encode_sr(scale[u].scale * correction, (float)(2 * random + 1) * 0x1p-17f);
-        scale[u].scale = e4m3_decode(scale[u].byte);
-      }
-    }
+        const int block = at.col / 16 + u;
+        const float block_amax = bits_float(tile ? tile_amax[u] : block_amax_bits(v[u]));
+        BlockScale& s = scale[u];
+        s = block_scale(recipe, block_amax, outer);
+        if (four_six) {
+          const BlockScale four = block_scale(recipe, block_amax, outer, 1.5f);
+          ErrorPair error;
+          if (!tile) error.add(v[u], s, four);
+          if (tile ? row < out.rows && block < blocks && four_tiles[(size_t)(row / 16) * blocks + block] : error.four < error.six) s = four;
+        }
+        if (s.divide != 0) divide_block(v[u], s.divide);
+        else {
 #pragma unroll
-    for (int u = 0; u < S::kUnits; u++) {
-      const int block = at.col / 16 + u, col = block * 16;
-      if (row < out.rows && block < blocks) {
-        if (out.scales) out.scales[scale_offset(row, block, blocks)] = scale[u].byte;
-        if (wide && out.outer && block % 8 == 0) out.outer[(size_t)row * ceil_div(blocks, 8) + block / 8] = scale[u].outer;
-        store_block(out, row, col, magnitude[u], v[u], scale[u].scale, wide, scale[u].outer);
-      } else if (row < how.rows_covered && col < how.cols_covered) {           // padding
-        if (out.scales) out.scales[scale_offset(row, block, blocks)] = 0;
-        if (row < out.rows && col < out.ld) clear_block<16>(out, row, col, 8);
+          for (int j = 0; j < 16; j++) v[u][j] = __fmul_rn(v[u][j], s.encode);
+        }
+        round_block(magnitude[u], v[u], recipe.rounding == Rounding::stochastic, how.key, (uint64_t)row * blocks + block);
+      }
+      if (is_eden(recipe)) {                                    // the scale takes the correction, and is rounded stochastically: 16 random bits
+        const float correction128 = recipe.rounding == Rounding::eden128 ? eden_correction128<S>(v, magnitude) : 0;
+#pragma unroll
+        for (int u = 0; u < S::kUnits; u++) {
+          EdenSums sums;
+          if (recipe.rounding == Rounding::eden16) sums.add(v[u], magnitude[u]);
+          const float correction = recipe.rounding == Rounding::eden16 ? sums.correction() : correction128;
+          const uint32_t random = random_block(how.key, (uint64_t)row * blocks + at.col / 16 + u).x & 0xffff;
+          scale[u].byte = e4m3_encode_sr(scale[u].scale * correction, (float)(2 * random + 1) * 0x1p-17f);
+          scale[u].scale = e4m3_decode(scale[u].byte);
+        }
+      }
+#pragma unroll
+      for (int u = 0; u < S::kUnits; u++) {
+        const int block = at.col / 16 + u, col = block * 16;
+        if (row < out.rows && block < blocks) {
+          if (out.scales) out.scales[scale_offset(row, block, blocks)] = scale[u].byte;
+          if (wide && out.outer && block % 8 == 0) out.outer[(size_t)row * ceil_div(blocks, 8) + block / 8] = scale[u].outer;
+          store_block(out, row, col, magnitude[u], v[u], scale[u].scale, wide, scale[u].outer);
+        } else if (row < how.rows_covered && col < how.cols_covered) {           // padding
+          if (out.scales) out.scales[scale_offset(row, block, blocks)] = 0;
+          if (row < out.rows && col < out.ld) clear_block<16>(out, row, col, 8);
+        }
       }
     }
-  }
   });
 }
 
@@ -797,45 +805,45 @@ template <bool kTranspose, bool kWarp, class Source> __global__ void __launch_bo
   const int blocks = ceil_div(out.cols, 32);
   const bool fp8 = how.recipe.format == Format::mxfp8, thrice = how.recipe.format == Format::mxfp4 && how.recipe.scale == ScaleRule::range34;
   for_each_strip<S, kTranspose>(source, how.rows_covered, how.cols_covered, shared, [&](auto& rows) {
-  const StripPlace at = rows.at;
+    const StripPlace at = rows.at;
 #pragma unroll 1
-  for (int i = 0; i < S::kRows; i++) {
-    RowPart<S> part;
-    how.row<S>(part, rows, i, out.cols);
+    for (int i = 0; i < S::kRows; i++) {
+      RowPart<S> part;
+      how.row<S>(part, rows, i, out.cols);
 #pragma unroll
-    for (int u = 0; u < S::kUnits; u++) {
-      const int row = rows.row(i), block = at.col / 32 + u, col = block * 32;
-      if (row >= out.rows || block >= blocks) {               // padding
-        if (row >= how.rows_covered || col >= how.cols_covered) continue;
-        if (out.scales) out.scales[scale_offset(row, block, blocks)] = 0;
-        if (row < out.rows && col < out.ld) {
-          clear_block<32>(out, row, col, fp8 ? 16 : 8);
-          if (out.mask) out.mask[(size_t)row * (out.ld / 32) + block] = 0;
+      for (int u = 0; u < S::kUnits; u++) {
+        const int row = rows.row(i), block = at.col / 32 + u, col = block * 32;
+        if (row >= out.rows || block >= blocks) {               // padding
+          if (row >= how.rows_covered || col >= how.cols_covered) continue;
+          if (out.scales) out.scales[scale_offset(row, block, blocks)] = 0;
+          if (row < out.rows && col < out.ld) {
+            clear_block<32>(out, row, col, fp8 ? 16 : 8);
+            if (out.mask) out.mask[(size_t)row * (out.ld / 32) + block] = 0;
+          }
+          continue;
         }
-        continue;
-      }
-      float (&v)[32] = part[u];
-      const uint8_t byte = mx_scale(how.recipe, v);
-      const float scale = e8m0_decode(byte), reciprocal = e8m0_reciprocal(byte);
-      if (thrice) {
+        float (&v)[32] = part[u];
+        const uint8_t byte = mx_scale(how.recipe, v);
+        const float scale = e8m0_decode(byte), reciprocal = e8m0_reciprocal(byte);
+        if (thrice) {
 #pragma unroll
-        for (int j = 0; j < 32; j++) v[j] *= 3;
-      }
+          for (int j = 0; j < 32; j++) v[j] *= 3;
+        }
 #pragma unroll
-      for (int j = 0; j < 32; j++) v[j] *= reciprocal;
-      if (out.scales) out.scales[scale_offset(row, block, blocks)] = byte;
-      if (out.mask) {
-        uint32_t word = 0;
+        for (int j = 0; j < 32; j++) v[j] *= reciprocal;
+        if (out.scales) out.scales[scale_offset(row, block, blocks)] = byte;
+        if (out.mask) {
+          uint32_t word = 0;
 #pragma unroll
-        for (int j = 0; j < 32; j++) word |= (uint32_t)(fabsf(v[j]) < kE2M1Max) << j;
-        out.mask[(size_t)row * (out.ld / 32) + block] = word;
+          for (int j = 0; j < 32; j++) word |= (uint32_t)(fabsf(v[j]) < kE2M1Max) << j;
+          out.mask[(size_t)row * (out.ld / 32) + block] = word;
+        }
+        if (fp8) { store_fp8_block(out, row, col, v, true, scale); continue; }
+        float magnitude[32];
+        round_block(magnitude, v, how.recipe.rounding == Rounding::stochastic, how.key, 2 * ((uint64_t)row * blocks + block));
+        store_block(out, row, col, magnitude, v, scale);
       }
-      if (fp8) { store_fp8_block(out, row, col, v, true, scale); continue; }
-      float magnitude[32];
-      round_block(magnitude, v, how.recipe.rounding == Rounding::stochastic, how.key, 2 * ((uint64_t)row * blocks + block));
-      store_block(out, row, col, magnitude, v, scale);
     }
-  }
   });
 }
 
@@ -850,38 +858,38 @@ __global__ void __launch_bounds__(kStripThreads, 6) plain_kernel(Operand4 out, c
   const bool e4m3 = format == Format::fp8_e4m3;
   const float encode = is_fp8(format) ? tensor_scale(*out.amax, e4m3 ? kE4M3Max : kE5M2Max).encode : 1;
   for_each_strip<S, kTranspose>(source, how.rows_covered, how.cols_covered, shared, [&](auto& rows) {
-  const StripPlace at = rows.at;
+    const StripPlace at = rows.at;
 #pragma unroll 1
-  for (int i = 0; i < S::kRows; i++) {
-    RowPart<S> part;
-    how.row<S>(part, rows, i, out.cols);
+    for (int i = 0; i < S::kRows; i++) {
+      RowPart<S> part;
+      how.row<S>(part, rows, i, out.cols);
 #pragma unroll
-    for (int u = 0; u < S::kUnits; u++) {
-      const int row = rows.row(i), block = at.col / 16 + u, col = block * 16;
-      if (row >= out.rows || col >= out.ld) continue;
-      float (&v)[16] = part[u];
-      if (format == Format::exact) {
-        Vec<floatX, 16> q;
+      for (int u = 0; u < S::kUnits; u++) {
+        const int row = rows.row(i), block = at.col / 16 + u, col = block * 16;
+        if (row >= out.rows || col >= out.ld) continue;
+        float (&v)[16] = part[u];
+        if (format == Format::exact) {
+          Vec<floatX, 16> q;
 #pragma unroll
-        for (int j = 0; j < 16; j++) q.v[j] = from_float<floatX>(block < blocks ? v[j] : 0.0f);
-        store_vec(out.values + (size_t)row * out.ld + col, q);
-        if (out.mask && block % 2 == 0) out.mask[(size_t)row * (out.ld / 32) + block / 2] = 0xffffffffu;
-      } else if (block >= blocks) {
-        clear_block<16>(out, row, col, is_fp8(format) ? 16 : 8);
-      } else if (is_fp8(format)) {
+          for (int j = 0; j < 16; j++) q.v[j] = from_float<floatX>(block < blocks ? v[j] : 0.0f);
+          store_vec(out.values + (size_t)row * out.ld + col, q);
+          if (out.mask && block % 2 == 0) out.mask[(size_t)row * (out.ld / 32) + block / 2] = 0xffffffffu;
+        } else if (block >= blocks) {
+          clear_block<16>(out, row, col, is_fp8(format) ? 16 : 8);
+        } else if (is_fp8(format)) {
 #pragma unroll
-        for (int j = 0; j < 16; j++) v[j] *= encode;
-        store_fp8_block(out, row, col, v, e4m3, 1.0f);
-      } else {
-        float scale = bits_float(row_amax[row]) / kE2M1Max, magnitude[16];
-        if (scale == 0) scale = 1;
-        divide_block(v, scale);
-        round_block(magnitude, v, how.recipe.rounding == Rounding::stochastic, how.key, (uint64_t)row * blocks + block);
-        if (out.outer && block == 0) out.outer[row] = scale;
-        store_block(out, row, col, magnitude, v, scale);
+          for (int j = 0; j < 16; j++) v[j] *= encode;
+          store_fp8_block(out, row, col, v, e4m3, 1.0f);
+        } else {
+          float scale = bits_float(row_amax[row]) / kE2M1Max, magnitude[16];
+          if (scale == 0) scale = 1;
+          divide_block(v, scale);
+          round_block(magnitude, v, how.recipe.rounding == Rounding::stochastic, how.key, (uint64_t)row * blocks + block);
+          if (out.outer && block == 0) out.outer[row] = scale;
+          store_block(out, row, col, magnitude, v, scale);
+        }
       }
     }
-  }
   });
 }
 
