@@ -64,8 +64,7 @@ void configure_control(Model& m, Options& o) {
       if (s.K % w.rht)
         oscillation = c.oscillation + ": the recipe rotates W in groups of " + std::to_string(w.rht) + ", which " + std::to_string(s.K) +
                       " input channels do not divide into";
-    if (c.oscillation == "q-ema" && (c.outliers == "outcontrol" || !linear_needs_rotated(m.recipe)))
-      oscillation = "q-ema: not with this recipe's rotation of W";
+    if (c.oscillation == "q-ema" && c.outliers == "outcontrol") oscillation = "q-ema: not with this recipe's rotation of W";
   }
   if (oscillation.empty() && (c.oscillation == "osci-reset" || c.oscillation == "q-ramping")) {
     const bool ramp = c.oscillation == "q-ramping";

@@ -82,7 +82,9 @@ __host__ __device__ inline bool is_eden(const OperandRecipe& how) { return how.r
 __host__ __device__ inline bool is_fp8(Format f) { return f == Format::fp8_e4m3 || f == Format::fp8_e5m2; }
 __host__ __device__ inline bool is_mx(Format f) { return f == Format::mxfp4 || f == Format::mxfp8; }
 // NVIDIA's transform rounds the rotated value to BF16, so that one tensor in memory could have been the input.
-__host__ __device__ inline bool rounds_rotated(const OperandRecipe& how) { return how.format == Format::nvfp4 && how.rht == 16 && how.signs == Signs::fixed; }
+__host__ __device__ inline bool rounds_rotated(const OperandRecipe& how) {
+  return how.format == Format::nvfp4 && how.rht == 16 && how.signs == Signs::fixed;
+}
 
 // ------------------------------------------------------------------ the FP32 scale of a tensor
 constexpr float kEdenRange = 255.99f, kEdenStep = (float)(6 / ((17.0 / 16) * 0.93));       // MS-EDEN: the largest element of a block -> 6.0721
@@ -112,7 +114,8 @@ __host__ __device__ inline float tensor_scale_decode(float amax) { return amax /
 // ------------------------------------------------------------------ dequantization: what a packed operand stands for
 // The FP32 scale of the whole tensor, if its scale is one.
 __device__ inline float outer_scale_of_tensor(const Operand4& p, const OperandRecipe& how) {
-  const bool elsewhere = how.format == Format::fp4_vector || how.format == Format::exact || (how.format == Format::nvfp4 && how.outer == Outer::b1x128);
+  const bool wide = how.format == Format::nvfp4 && how.outer == Outer::b1x128;
+  const bool elsewhere = how.format == Format::fp4_vector || how.format == Format::exact || wide;
   return elsewhere ? 1.0f : tensor_scale_decode(how, p.amax ? *p.amax : 1.0f);
 }
 // The FP32 scale of element (row, col): its block's, times the outer one. tensor: outer_scale_of_tensor().
@@ -150,8 +153,8 @@ template <class T> void dequantize(T* out, const Operand4& p, const OperandRecip
 // An operand is dealt with in strips of 16 rows x 128 columns: a warp a strip on a GPU, a thread a strip on the CPU, where a shuffle would cost
 // more than the strip. In a warp, 8 lanes (4 for blocks of 32) lie side by side along a row and hold a block each, so that all that blocks have in
 // common is found by shuffles: the tile of 16x16, the outer scale of 1x128, a rotation of up to 128. A lane goes through 4 (2) rows, one by one.
-// The row copy reads 32 contiguous bytes a thread. For the column copy the 4 warps of a block bring a tile of 128 rows x 64 columns of the source into
-// shared memory, by whole 128-byte lines, and read it from there down its columns. Both write 256 contiguous bytes a row.
+// The row copy reads 32 contiguous bytes a thread. For the column copy the 4 warps of a block bring a tile of 128 rows x 64 columns of the source
+// into shared memory, by whole 128-byte lines, and read it from there down its columns. Both write 256 contiguous bytes a row.
 constexpr int kStripThreads = 128;          // of a block on a GPU
 template <int kUnitColumns, bool kWarpAStrip> struct Share {
   static constexpr bool kWarp = kWarpAStrip;
@@ -179,8 +182,8 @@ template <class S, bool kTranspose> __device__ __forceinline__ StripPlace strip_
     strip_row = strip / across;
     strip_col = strip % across;
   }
-  const int along = lane % S::kAlong;
-  return {(int)(strip_row * 16 + lane / S::kAlong), (int)(strip_col * 128) + along * S::kUnits * S::kUnit, along, strip_row < down && strip_col < across};
+  const int along = lane % S::kAlong, row = (int)(strip_row * 16 + lane / S::kAlong), col = (int)(strip_col * 128) + along * S::kUnits * S::kUnit;
+  return {row, col, along, strip_row < down && strip_col < across};
 }
 template <class S, bool kTranspose> __host__ __device__ inline unsigned strip_units(int rows_covered, int cols_covered) {
   const unsigned across = ceil_div(cols_covered, 128), down = ceil_div(rows_covered, 16);
@@ -472,8 +475,8 @@ template <int kN, int kM> __device__ __forceinline__ unsigned row_amax_bits(cons
 }
 
 // ------------------------------------------------------------------ pass 1: amax of the tensor, or of its rows
-// Where a recipe needs no scale of the tensor (outer 1x128, MX formats), there is no such pass. plain: null, or max|x|; rotated: null, or max|x| after
-// how.recipe's rotation: both in one reading. row_amax: null, or [rows], zeroed: of the rotated rows, if there is a rotation. Rounding is
+// Where a recipe needs no scale of the tensor (outer 1x128, MX formats), there is no such pass. plain: null, or max|x|; rotated: null, or max|x|
+// after how.recipe's rotation: both in one reading. row_amax: null, or [rows], zeroed: of the rotated rows, if there is a rotation. Rounding is
 // monotonic, so that the largest value is scaled and rounded in the place of all.
 template <bool kTranspose, bool kWarp, class Source>
 __global__ void __launch_bounds__(kStripThreads, 8) amax_kernel(unsigned* plain, unsigned* rotated, unsigned* row_amax, Source x, BlockHow how) {
@@ -509,7 +512,8 @@ __global__ void __launch_bounds__(kStripThreads, 8) amax_kernel(unsigned* plain,
 
 // ------------------------------------------------------------------ rounding and storing a block
 // magnitude[j]: |v[j]| rounded to the grid. `block16`: number of the 16-block in its operand, which names its random bits; a block of 32 takes two.
-template <int kN> __device__ __forceinline__ void round_block(float (&magnitude)[kN], const float (&v)[kN], bool stochastic, RandomKey key, uint64_t block16) {
+template <int kN>
+__device__ __forceinline__ void round_block(float (&magnitude)[kN], const float (&v)[kN], bool stochastic, RandomKey key, uint64_t block16) {
   if (stochastic) {
 #pragma unroll
     for (int half = 0; half < kN / 16; half++) {
@@ -548,7 +552,8 @@ __device__ __forceinline__ void store_block(const Operand4& out, int row, int co
   }
 }
 // The same for FP8 elements: values e4m3(v) * scale, or e5m2.
-template <int kN> __device__ __forceinline__ void store_fp8_block(const Operand4& out, int row, int col, const float (&v)[kN], bool e4m3, float scale) {
+template <int kN>
+__device__ __forceinline__ void store_fp8_block(const Operand4& out, int row, int col, const float (&v)[kN], bool e4m3, float scale) {
   const size_t at = (size_t)row * out.ld + col;
   if (out.codes) {
     Vec<uint8_t, kN> codes;
@@ -798,7 +803,8 @@ __device__ inline uint8_t mx_scale(const OperandRecipe& how, const float (&v)[32
   const float s = __fadd_rn(__fmul_rn((float)(2.92247856 / 6), standard_deviation(v)), 1e-8f);
   return how.scale == ScaleRule::quest_floor ? e8m0_encode_floor(s) : e8m0_encode_nearest(s);
 }
-template <bool kTranspose, bool kWarp, class Source> __global__ void __launch_bounds__(kStripThreads, 4) mx_kernel(Operand4 out, Source x, BlockHow how) {
+template <bool kTranspose, bool kWarp, class Source>
+__global__ void __launch_bounds__(kStripThreads, 4) mx_kernel(Operand4 out, Source x, BlockHow how) {
   using S = Share<32, kWarp>;
   alignas(16) __shared__ typename Source::Element shared[shared_elements<S, kTranspose, Source>()];
   const Source source = x.ready();
@@ -997,7 +1003,8 @@ template <bool kTranspose, bool kWarp, class Source>
 void launch_quantize(const Operand4& out, const Source& x, BlockHow how, uint32_t* groups, bool amax_known) {
   const OperandRecipe& r = how.recipe;
   if (needs_amax(r) && !amax_known)
-    launch_amax<kTranspose, kWarp>(r.rht ? nullptr : out.amax, r.rht ? out.amax : nullptr, r.format == Format::fp4_vector ? groups : nullptr, x, out.rows, out.cols, how);
+    launch_amax<kTranspose, kWarp>(r.rht ? nullptr : out.amax, r.rht ? out.amax : nullptr, r.format == Format::fp4_vector ? groups : nullptr, x,
+                                   out.rows, out.cols, how);
   // The scale buffer has padding rows and blocks to clear; the emulation has neither, only columns up to ld.
   const int scale_cols = is_mx(r.format) ? 32 : 16;
   how.rows_covered = out.scales ? round_up(out.rows, 128) : out.rows;
@@ -1007,7 +1014,8 @@ void launch_quantize(const Operand4& out, const Source& x, BlockHow how, uint32_
   if (r.format != Format::nvfp4) return launch(plain_kernel<kTranspose, kWarp, Source>, grid.blocks, grid.threads, 0, out, groups, x, how);
   if (r.blocks == Blocks::b16x16 && r.scale == ScaleRule::four_six) {
     const unsigned tiles = ceil_div(out.rows, 16) * ceil_div(out.cols, 16), threads = kOnCpu ? 8 : 64;
-    launch(tile_four_six_kernel<kTranspose, Source>, ceil_div(tiles, threads), threads, 0, groups, x, out.rows, out.cols, how, (const float*)out.amax);
+    launch(tile_four_six_kernel<kTranspose, Source>, ceil_div(tiles, threads), threads, 0, groups, x, out.rows, out.cols, how,
+           (const float*)out.amax);
   }
   launch(nvfp4_kernel<kTranspose, kWarp, Source>, grid.blocks, grid.threads, 0, out, groups, x, how);
 }
@@ -1036,10 +1044,10 @@ template <bool kWarp, class Source> void quantize_source(Operand4 out, const Sou
   if constexpr (Source::kRowCopy) launch_quantize<false, kWarp>(out, x, block, groups, how.amax_known);
   else die("quantize: from a packed operand only its transpose is made");
 }
-// Quantizes x, row-major bf16 or float, into the operand `out`, whose shape is that of x (or of x^T with how.transpose) and whose
-// pointers say what is written. out.ld = operand_ld(cols, rht). With a rotation, a contraction axis that ends in a part of a group makes an operand of
-// rotated_cols(cols, rht) columns; out.cols is that of the source. groups: group_words(rows, cols), for fp4_vector and for 16x16 tiles with four over
-// six. The source's rows and the operand's must start on 16-byte boundaries where cols is a multiple of 8 (any device_alloc does).
+// Quantizes x, row-major bf16 or float, into the operand `out`, whose shape is that of x (or of x^T with how.transpose) and whose pointers say what is
+// written. out.ld = operand_ld(cols, rht). With a rotation, a contraction axis that ends in a part of a group makes an operand of
+// rotated_cols(cols, rht) columns; out.cols is that of the source. groups: group_words(rows, cols), for fp4_vector and for 16x16 tiles with four
+// over six. The source's rows and the operand's must start on 16-byte boundaries where cols is a multiple of 8 (any device_alloc does).
 // kWarp: how the work is shared out; only tests choose it.
 template <bool kWarp = !kOnCpu, class T> void quantize(const Operand4& out, const T* x, const QuantizeHow& how, uint32_t* groups = nullptr) {
   quantize_source<kWarp>(out, Matrix<T>{x, how.transpose ? out.cols : out.rows, how.transpose ? out.rows : out.cols}, how, groups);
