@@ -1195,7 +1195,7 @@ inline void test_unpack() {
   for (const OperandRecipe& o : words) for (auto& [rows, cols] : {std::pair(37, 75), std::pair(40, 288), std::pair(130, 16)}) for (bool transpose : {false, true}) {
     Floats x = normals(rng, (size_t)rows * cols, 0.05);
     for (int i = 0; i < rows * cols; i += 31) x[i] = i % 2 ? 0 : -0.0f;
-    if (cols > 200) for (int i = 128; i < 160; i++) x[i] = 0;                              // whole blocks of zeros
+    for (size_t i = 128; i < 160 && cols > 200 && i < x.size(); i++) x[i] = 0;             // whole blocks of zeros
     Device<floatX> in(to_x(x));
     const int R = transpose ? cols : rows, C = transpose ? rows : cols, ld = operand_ld(rotated_cols(C, o.rht));
     const PackedBytes b = packed_bytes(o, R, C);
