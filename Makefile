@@ -57,7 +57,7 @@ endif
 # The tests are compiled with less optimization: they are long, and their own speed hardly matters.
 TESTFLAGS := $(patsubst -O3,-O2,$(CPUFLAGS))
 GENCODE   = $(foreach a,$(1),-gencode arch=compute_$(a),code=sm_$(a))
-NVFLAGS  := -std=c++17 -O3 -Xcompiler -Wall,-Wextra,-Wno-unknown-pragmas $(if $(FP32),-DFP32)
+NVFLAGS  := -std=c++17 -O3 --threads 0 -Xcompiler -Wall,-Wextra,-Wno-unknown-pragmas $(if $(FP32),-DFP32)
 
 HEADERS := $(wildcard *.cuh kernels/*.cuh data/*.h dev/*.h)
 

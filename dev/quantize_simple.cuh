@@ -3,8 +3,8 @@
 // Read this before the fast kernels: it has their arithmetic and nothing else. A thread gathers the 16 values of its block wherever they lie (along a
 // row, or down a column for the transposed copy), rotates them if asked, finds their scale, rounds, and stores. Twice over x: the scale of the tensor
 // comes first. `make bench` times it beside the fast kernels, and a test holds their bits against each other.
-// What it costs (H100, 32768 x 3072, share of a copy's speed): 54 % for the row copy, 27 % for the column copy with rotation and stochastic rounding.
-// Where that goes: the threads of a warp read 2 bytes each in the column copy; the rotation is done in both passes; integer conversions of codes.
+// What is slow in it: the threads of a warp read 2 bytes each in the column copy; amax reads everything once more, and rotates it once more; codes are
+// integers on their way to being floats again; every block finds the scale of the tensor anew.
 #pragma once
 #include "../kernels/quantize.cuh"
 

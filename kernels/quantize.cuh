@@ -34,9 +34,10 @@
 // Source  NVIDIA, arXiv 2509.25149, appendix C; the other papers are named in recipe.cuh. Random bits: philox.cuh.
 // Cost    amax: reads x once, for both copies of a tensor. Codes: reads x once, writes 2 bytes a value (values) or 0.56 (packed). About 25
 //         operations a value with RN, 35 with SR, 8 more with RHT: a GPU's arithmetic and its memory take about as long.
-//         Share of the speed of a copy of the same bytes, values of 32768 x 3072, amax included / known (H100):
+//         Percent of the speed of a copy of the same bytes, values of 32768 x 3072, amax included / known (H100). The first chapter is
+//         dev/quantize_simple.cuh.
 //                                                            row RN     row SR     column RN RHT16   column SR RHT16
-//             a thread a block, alone (dev/quantize_simple.cuh)    54 %       36 %        33 %              27 %
+//             a thread a block, with wide loads by rows        54         36          33                27
 //             strips in registers; columns by 8-byte loads     58 / 84    50 / 69     21 / 34           20 / 32
 //             columns through shared memory                    57 / 85    49 / 70     39 / 58           35 / 49
 //             fetched ahead; SR by one directed addition       57 / 83    52 / 73     52 / 74           43 / 59
