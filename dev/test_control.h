@@ -1347,12 +1347,12 @@ inline void test_control() {
     test_outcontrol_model();
   }
   if (section("precision late in training")) { test_switches(); test_monitor(); }
-  if (section("--keep: codes or values for the backward pass")) { test_unpack(); test_keep_layer(); test_keep_model(); test_keep_forced(); }
+  if (section("--keep: codes or values for the backward pass")) { test_unpack(); test_keep_layer(); test_keep_forced(); }
 }
-// The program, with options of control. Needs ./train_fp4 beside this program.
+// The program, with options of control, and what takes long. Needs ./train_fp4 beside this program.
 inline void test_control_program() {
   using namespace control_tests;
   if (section("the program: options of control that make no sense")) test_control_errors();
   if (section("the program: runs under control, resumed")) test_control_runs();
-  if (section("the program: --keep")) test_keep_program();
+  if (section("the program: --keep")) { test_keep_model(); test_keep_program(); }          // every row: long under sanitizers
 }
