@@ -64,6 +64,7 @@ int main(int argc, char** argv) {
   test_runtime();
   test_formats();
   test_quantize();
+  test_quantizer_forms();
   test_layers();
   test_native();
   if (!kernels) {

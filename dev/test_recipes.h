@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 #include "../kernels/linear.cuh"
+#include "../kernels/oscillation.cuh"
 #include "../kernels/quantize.cuh"
 #include "quantize_simple.cuh"
 #include "reference_recipes.h"
@@ -456,14 +457,21 @@ inline void test_strip_forms() {
           m.add(a.tensor == b.tensor && a.guards && b.guards, where.c_str(), -1, a.tensor, b.tensor);
         }
         if (!transpose || o.rht == 0 || !needs_amax(o) || o.format == Format::fp4_vector) continue;
-        TestArray<float> both(2), own(1);
-        amax_of_both<true>(both.p, both.p + 1, (const bf16*)x.p, src_rows, src_cols, how);
-        const BlockHow block = {o, how_signs(how), {}, 0, 0};
-        const Matrix<bf16> source = {x.p, src_rows, src_cols};
-        launch_amax<false, false>(own.p, nullptr, nullptr, source, src_rows, src_cols, block);
-        amax.add(both.host()[0] == own.host()[0], text, 0, both.host()[0], own.host()[0]);
-        launch_amax<true, false>(nullptr, own.p, nullptr, source, rows, rotated_cols(cols, o.rht), block);
-        amax.add(both.host()[1] == own.host()[0], text, 1, both.host()[1], own.host()[0]);
+        // The largest element somewhere, also in the last row and column: the plain maximum is known, the rotated one is what quantize() finds by itself
+        // (which is compared with the oracle elsewhere).
+        for (int trial = 0; trial < 24; trial++) {
+          std::vector<float> spiked = random_matrix(src_rows, src_cols, 178 + trial);
+          const size_t where = trial == 0 ? spiked.size() - 1 : trial == 1 ? 0 : (size_t)rng.below(spiked.size());
+          spiked[where] = trial % 2 ? -50.f : 50.f;
+          TestArray<bf16> y(narrow<bf16>(widen(as_stored<bf16>(spiked))));
+          TestArray<float> both(2);
+          if (trial % 3) amax_of_both<true>(both.p, both.p + 1, (const bf16*)y.p, src_rows, src_cols, how);
+          else amax_of_both<false>(both.p, both.p + 1, (const bf16*)y.p, src_rows, src_cols, how);
+          OperandOnDevice own(o, rows, cols);
+          quantize(own.out, (const bf16*)y.p, how, own.groups.p);
+          amax.add(both.host()[0] == 50, text, (double)where, both.host()[0], 50);
+          amax.add(both.host()[1] == own.amax.host()[0], text, (double)where, both.host()[1], own.amax.host()[0]);
+        }
       }
   m.report("a warp a strip and a thread a strip give the same bits, in every format, from a packed operand too");
   amax.report("amax of a tensor and of its rotated transpose in one reading");
@@ -1288,14 +1296,16 @@ inline void test_recipe_training() {
     }
 }
 
+// Among the kernels' checks: in both thread orders.
+inline void test_quantizer_forms() {
+  if (section("quantizers: a warp a strip, a thread a strip, a thread a block")) { test_strip_forms(); test_simple_quantizer(); }
+}
 inline void test_recipes() {
   if (section("recipes: quantizers")) {
     test_recipe_conversions();
     test_recipe_rotation();
     test_recipe_bit_equality();
     test_packed_and_values();
-    test_strip_forms();
-    test_simple_quantizer();
     test_tiles_and_transpose();
     test_recipe_golden();
     test_recipe_tiny_gradients();

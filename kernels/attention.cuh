@@ -48,8 +48,7 @@
 //             32 keys a warp, 4 warps, 32 queries                              154       -       -     143           <- D 64
 //             two warps share 32 keys, 8 warps, 64 queries                       -     218     175       -     201   <- D 128
 //             FlashAttention-2                                                 128     207     139     119
-// FlashAttention-2: PyTorch's scaled_dot_product_attention with its flash backend, on a machine of the same kind at another time. Its
-// backward pass adds up dQ with float atomics unless asked for the same bits.
+// FlashAttention-2: PyTorch's scaled_dot_product_attention with its flash backend, on a machine of the same kind at another time.
 //
 // Limit     Shared memory, by arithmetic and these measurements (no profiler has run). A fragment for two mma is 4 clocks of a multiprocessor's
 //           shared memory (512 bytes); two mma are 2 clocks of its tensor cores at their peak. To use a fragment for two more, 32 rows a

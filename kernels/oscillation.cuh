@@ -140,6 +140,59 @@ inline void ramp_periods(uint8_t* period, unsigned* ramped, const float* dist_q,
   launch(ramp_periods_kernel, flat_grid(n, 1), kFlatThreads, 0, period, ramped, dist_q, dist_w, most, n);
 }
 
+// ------------------------------------------------------------------ rotated weights in memory
+// out [rows, cols] FP32 = the source or its transpose, rotated (unless kRotate is false) in groups of kN columns; cols is a multiple of kN, and
+// the source has `valid` of them, the rest are zeros. A block takes 32 rows of one group. kLanes neighbouring threads share a row's group: kN/4
+// on a GPU, one on the CPU. A transposed source is read along its own rows, through shared memory.
+template <int kN, int kLanes, bool kRotate, bool kTranspose, class Source>
+__global__ void gather_kernel(float* out, Source x, int rows, int cols, int valid, SignBits signs) {
+  constexpr int kPer = kN / kLanes;
+  const int first_col = blockIdx.x * kN, first_row = blockIdx.y * 32, lane = threadIdx.x % kLanes;
+  constexpr bool kStaged = kTranspose && kLanes > 1;
+  __shared__ float staged[kStaged ? kN : 1][kStaged ? 33 : 1];
+  if constexpr (kStaged) {
+    for (int i = threadIdx.x; i < kN * 32; i += blockDim.x) {
+      const int c = first_col + i / 32, r = first_row + i % 32;
+      staged[i / 32][i % 32] = c < valid && r < rows ? x.at(c, r) : 0.0f;
+    }
+    __syncthreads();
+  }
+  for (int r = threadIdx.x / kLanes; r < 32; r += blockDim.x / kLanes) {     // whole warps leave together: the shuffles below need all lanes
+    const int row = first_row + r;
+    float v[kPer];
+#pragma unroll
+    for (int j = 0; j < kPer; j++) {
+      const int i = lane + kLanes * j, c = first_col + i;
+      if constexpr (kStaged) v[j] = staged[i][r];
+      else v[j] = row < rows && c < valid ? (kTranspose ? x.at(c, row) : x.at(row, c)) : 0.0f;
+      if (kRotate) v[j] = negate_if(v[j], signs.negated(i));
+    }
+    if constexpr (kRotate) hadamard<kN, kLanes>(v, lane);
+    if (row < rows) {
+#pragma unroll
+      for (int j = 0; j < kPer; j++) out[(size_t)row * cols + first_col + lane + kLanes * j] = v[j];
+    }
+  }
+}
+template <class Source> void gather(float* out, const Source& x, int rows, int cols, int valid, bool transpose, int rht, SignBits signs) {
+  auto go = [&](auto n, auto rotate, auto turned) {
+    constexpr int kN = n.value, kLanes = kOnCpu ? 1 : kN / 4;
+    const dim3 grid(ceil_div(cols, kN), ceil_div(rows, 32));
+    launch(gather_kernel<kN, kLanes, rotate.value, turned.value, Source>, grid, kOnCpu ? 32 : 256, 0, out, x, rows, cols, valid, signs);
+  };
+  auto by_size = [&](auto turned) {
+    switch (rht) {
+      case 0: return go(std::integral_constant<int, 16>{}, std::false_type{}, turned);
+      case 16: return go(std::integral_constant<int, 16>{}, std::true_type{}, turned);
+      case 32: return go(std::integral_constant<int, 32>{}, std::true_type{}, turned);
+      case 64: return go(std::integral_constant<int, 64>{}, std::true_type{}, turned);
+      case 128: return go(std::integral_constant<int, 128>{}, std::true_type{}, turned);
+    }
+    die("rht %d: 0, 16, 32, 64 and 128 exist", rht);
+  };
+  if (transpose) by_size(std::true_type{}); else by_size(std::false_type{});
+}
+
 // ------------------------------------------------------------------ Q(W)
 // The coordinates in which the forward pass rounds W: rotated in place, if the recipe rotates. The transform is its own inverse. cols: a
 // multiple of rht. `scratch` as large as w.

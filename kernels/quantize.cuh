@@ -32,8 +32,8 @@
 // NaN     A NaN anywhere makes amax NaN (an unsigned comparison of bits, not fmaxf, which drops it), hence alpha NaN, hence the
 //         loss: E2M1 itself has no NaN and would hide it as 6. Formats without a tensor scale make the block's scale NaN.
 // Source  NVIDIA, arXiv 2509.25149, appendix C; the other papers are named in recipe.cuh. Random bits: philox.cuh.
-// Cost    amax: reads x once, for both copies of a tensor. Codes: reads x once, writes 2 bytes a value (values) or 0.56 (packed). About 25
-//         operations a value with RN, 35 with SR, 8 more with RHT: a GPU's arithmetic and its memory take about as long.
+// Cost    amax: reads x once, for both copies of a tensor. Codes: reads x once, writes 2 bytes a value (values) or 0.56 (packed). By
+//         estimate 25 operations a value with RN, 35 with SR, 8 more with RHT: a GPU's arithmetic and its memory take about as long.
 //         Percent of the speed of a copy of the same bytes, values of 32768 x 3072, amax included / known (H100). The first chapter is
 //         dev/quantize_simple.cuh.
 //                                                            row RN     row SR     column RN RHT16   column SR RHT16
@@ -42,7 +42,7 @@
 //             columns through shared memory                    57 / 85    49 / 70     39 / 58           35 / 49
 //             fetched ahead; SR by one directed addition       57 / 83    52 / 73     52 / 74           43 / 59
 //         By rows, MXFP4 to nearest and FP8 reach 92 to 98 %, MXFP4 with SR and MXFP8 79; by columns 66 to 85. What did not pay: two blocks of 16
-//         a lane (spills: 1.6 times as long). All 4 rows of a lane at once was not even timed: 158 registers, 8 warps a multiprocessor.
+//         a lane (spills: 1.3 to 1.6 times as long). All 4 rows of a lane at once was not even timed: 158 registers, 8 warps a multiprocessor.
 #pragma once
 #include <type_traits>
 #include "formats.cuh"
@@ -468,6 +468,19 @@ struct BlockHow {
     }
   }
 };
+// Calls use(v, row, block) for every block of this thread's strips that needs no other.
+template <class S, bool kTranspose, class Source, class Use>
+__device__ __forceinline__ void for_each_block(const Source& x, const BlockHow& how, int cols, typename Source::Element* shared, Use use) {
+  for_each_strip<S, kTranspose>(x, how.rows_covered, how.cols_covered, shared, [&](auto& rows) {
+#pragma unroll 1
+    for (int i = 0; i < S::kRows; i++) {
+      RowPart<S> part;
+      how.row<S>(part, rows, i, cols);
+#pragma unroll
+      for (int u = 0; u < S::kUnits; u++) use(part[u], rows.row(i), rows.at.col / S::kUnit + u);
+    }
+  });
+}
 template <int kN, int kM> __device__ __forceinline__ unsigned row_amax_bits(const float (&v)[kM][kN]) {
   unsigned m = 0;
 #pragma unroll
@@ -811,46 +824,36 @@ __global__ void __launch_bounds__(kStripThreads, 4) mx_kernel(Operand4 out, Sour
   const Source source = x.ready();
   const int blocks = ceil_div(out.cols, 32);
   const bool fp8 = how.recipe.format == Format::mxfp8, thrice = how.recipe.format == Format::mxfp4 && how.recipe.scale == ScaleRule::range34;
-  for_each_strip<S, kTranspose>(source, how.rows_covered, how.cols_covered, shared, [&](auto& rows) {
-    const StripPlace at = rows.at;
-#pragma unroll 1
-    for (int i = 0; i < S::kRows; i++) {
-      RowPart<S> part;
-      how.row<S>(part, rows, i, out.cols);
-#pragma unroll
-      for (int u = 0; u < S::kUnits; u++) {
-        const int row = rows.row(i), block = at.col / 32 + u, col = block * 32;
-        if (row >= out.rows || block >= blocks) {               // padding
-          if (row >= how.rows_covered || col >= how.cols_covered) continue;
-          if (out.scales) out.scales[scale_offset(row, block, blocks)] = 0;
-          if (row < out.rows && col < out.ld) {
-            clear_block<32>(out, row, col, fp8 ? 16 : 8);
-            if (out.mask) out.mask[(size_t)row * (out.ld / 32) + block] = 0;
-          }
-          continue;
-        }
-        float (&v)[32] = part[u];
-        const uint8_t byte = mx_scale(how.recipe, v);
-        const float scale = e8m0_decode(byte), reciprocal = e8m0_reciprocal(byte);
-        if (thrice) {
-#pragma unroll
-          for (int j = 0; j < 32; j++) v[j] *= 3;
-        }
-#pragma unroll
-        for (int j = 0; j < 32; j++) v[j] *= reciprocal;
-        if (out.scales) out.scales[scale_offset(row, block, blocks)] = byte;
-        if (out.mask) {
-          uint32_t word = 0;
-#pragma unroll
-          for (int j = 0; j < 32; j++) word |= (uint32_t)(fabsf(v[j]) < kE2M1Max) << j;
-          out.mask[(size_t)row * (out.ld / 32) + block] = word;
-        }
-        if (fp8) { store_fp8_block(out, row, col, v, true, scale); continue; }
-        float magnitude[32];
-        round_block(magnitude, v, how.recipe.rounding == Rounding::stochastic, how.key, 2 * ((uint64_t)row * blocks + block));
-        store_block(out, row, col, magnitude, v, scale);
+  for_each_block<S, kTranspose>(source, how, out.cols, shared, [&](float (&v)[32], int row, int block) {
+    const int col = block * 32;
+    if (row >= out.rows || block >= blocks) {               // padding
+      if (row >= how.rows_covered || col >= how.cols_covered) return;
+      if (out.scales) out.scales[scale_offset(row, block, blocks)] = 0;
+      if (row < out.rows && col < out.ld) {
+        clear_block<32>(out, row, col, fp8 ? 16 : 8);
+        if (out.mask) out.mask[(size_t)row * (out.ld / 32) + block] = 0;
       }
+      return;
     }
+    const uint8_t byte = mx_scale(how.recipe, v);
+    const float scale = e8m0_decode(byte), reciprocal = e8m0_reciprocal(byte);
+    if (thrice) {
+#pragma unroll
+      for (int j = 0; j < 32; j++) v[j] *= 3;
+    }
+#pragma unroll
+    for (int j = 0; j < 32; j++) v[j] *= reciprocal;
+    if (out.scales) out.scales[scale_offset(row, block, blocks)] = byte;
+    if (out.mask) {
+      uint32_t word = 0;
+#pragma unroll
+      for (int j = 0; j < 32; j++) word |= (uint32_t)(fabsf(v[j]) < kE2M1Max) << j;
+      out.mask[(size_t)row * (out.ld / 32) + block] = word;
+    }
+    if (fp8) { store_fp8_block(out, row, col, v, true, scale); return; }
+    float magnitude[32];
+    round_block(magnitude, v, how.recipe.rounding == Rounding::stochastic, how.key, 2 * ((uint64_t)row * blocks + block));
+    store_block(out, row, col, magnitude, v, scale);
   });
 }
 
@@ -864,38 +867,28 @@ __global__ void __launch_bounds__(kStripThreads, 6) plain_kernel(Operand4 out, c
   const int blocks = ceil_div(out.cols, 16);
   const bool e4m3 = format == Format::fp8_e4m3;
   const float encode = is_fp8(format) ? tensor_scale(*out.amax, e4m3 ? kE4M3Max : kE5M2Max).encode : 1;
-  for_each_strip<S, kTranspose>(source, how.rows_covered, how.cols_covered, shared, [&](auto& rows) {
-    const StripPlace at = rows.at;
-#pragma unroll 1
-    for (int i = 0; i < S::kRows; i++) {
-      RowPart<S> part;
-      how.row<S>(part, rows, i, out.cols);
+  for_each_block<S, kTranspose>(source, how, out.cols, shared, [&](float (&v)[16], int row, int block) {
+    const int col = block * 16;
+    if (row >= out.rows || col >= out.ld) return;
+    if (format == Format::exact) {
+      Vec<floatX, 16> q;
 #pragma unroll
-      for (int u = 0; u < S::kUnits; u++) {
-        const int row = rows.row(i), block = at.col / 16 + u, col = block * 16;
-        if (row >= out.rows || col >= out.ld) continue;
-        float (&v)[16] = part[u];
-        if (format == Format::exact) {
-          Vec<floatX, 16> q;
+      for (int j = 0; j < 16; j++) q.v[j] = from_float<floatX>(block < blocks ? v[j] : 0.0f);
+      store_vec(out.values + (size_t)row * out.ld + col, q);
+      if (out.mask && block % 2 == 0) out.mask[(size_t)row * (out.ld / 32) + block / 2] = 0xffffffffu;
+    } else if (block >= blocks) {
+      clear_block<16>(out, row, col, is_fp8(format) ? 16 : 8);
+    } else if (is_fp8(format)) {
 #pragma unroll
-          for (int j = 0; j < 16; j++) q.v[j] = from_float<floatX>(block < blocks ? v[j] : 0.0f);
-          store_vec(out.values + (size_t)row * out.ld + col, q);
-          if (out.mask && block % 2 == 0) out.mask[(size_t)row * (out.ld / 32) + block / 2] = 0xffffffffu;
-        } else if (block >= blocks) {
-          clear_block<16>(out, row, col, is_fp8(format) ? 16 : 8);
-        } else if (is_fp8(format)) {
-#pragma unroll
-          for (int j = 0; j < 16; j++) v[j] *= encode;
-          store_fp8_block(out, row, col, v, e4m3, 1.0f);
-        } else {
-          float scale = bits_float(row_amax[row]) / kE2M1Max, magnitude[16];
-          if (scale == 0) scale = 1;
-          divide_block(v, scale);
-          round_block(magnitude, v, how.recipe.rounding == Rounding::stochastic, how.key, (uint64_t)row * blocks + block);
-          if (out.outer && block == 0) out.outer[row] = scale;
-          store_block(out, row, col, magnitude, v, scale);
-        }
-      }
+      for (int j = 0; j < 16; j++) v[j] *= encode;
+      store_fp8_block(out, row, col, v, e4m3, 1.0f);
+    } else {
+      float scale = bits_float(row_amax[row]) / kE2M1Max, magnitude[16];
+      if (scale == 0) scale = 1;
+      divide_block(v, scale);
+      round_block(magnitude, v, how.recipe.rounding == Rounding::stochastic, how.key, (uint64_t)row * blocks + block);
+      if (out.outer && block == 0) out.outer[row] = scale;
+      store_block(out, row, col, magnitude, v, scale);
     }
   });
 }
@@ -923,59 +916,6 @@ __global__ void unpack_values_kernel(Operand4 p, OperandRecipe how) {
 // p.values from the packed form, which `how` describes; p.values has the same ld.
 inline void unpack_values(const Operand4& p, const OperandRecipe& how) {
   launch(unpack_values_kernel, ceil_div((unsigned)p.rows * (p.ld / 8), 256u), 256, 0, p, how);
-}
-
-// ------------------------------------------------------------------ the gather and rotation pass
-// out [rows, cols] FP32 = the source or its transpose, rotated (unless kRotate is false) in groups of kN columns; cols is a multiple of kN, and
-// the source has `valid` of them, the rest are zeros. A block takes 32 rows of one group. kLanes neighbouring threads share a row's group: kN/4
-// on a GPU, one on the CPU. A transposed source is read along its own rows, through shared memory.
-template <int kN, int kLanes, bool kRotate, bool kTranspose, class Source>
-__global__ void gather_kernel(float* out, Source x, int rows, int cols, int valid, SignBits signs) {
-  constexpr int kPer = kN / kLanes;
-  const int first_col = blockIdx.x * kN, first_row = blockIdx.y * 32, lane = threadIdx.x % kLanes;
-  constexpr bool kStaged = kTranspose && kLanes > 1;
-  __shared__ float staged[kStaged ? kN : 1][kStaged ? 33 : 1];
-  if constexpr (kStaged) {
-    for (int i = threadIdx.x; i < kN * 32; i += blockDim.x) {
-      const int c = first_col + i / 32, r = first_row + i % 32;
-      staged[i / 32][i % 32] = c < valid && r < rows ? x.at(c, r) : 0.0f;
-    }
-    __syncthreads();
-  }
-  for (int r = threadIdx.x / kLanes; r < 32; r += blockDim.x / kLanes) {     // whole warps leave together: the shuffles below need all lanes
-    const int row = first_row + r;
-    float v[kPer];
-#pragma unroll
-    for (int j = 0; j < kPer; j++) {
-      const int i = lane + kLanes * j, c = first_col + i;
-      if constexpr (kStaged) v[j] = staged[i][r];
-      else v[j] = row < rows && c < valid ? (kTranspose ? x.at(c, row) : x.at(row, c)) : 0.0f;
-      if (kRotate) v[j] = negate_if(v[j], signs.negated(i));
-    }
-    if constexpr (kRotate) hadamard<kN, kLanes>(v, lane);
-    if (row < rows) {
-#pragma unroll
-      for (int j = 0; j < kPer; j++) out[(size_t)row * cols + first_col + lane + kLanes * j] = v[j];
-    }
-  }
-}
-template <class Source> void gather(float* out, const Source& x, int rows, int cols, int valid, bool transpose, int rht, SignBits signs) {
-  auto go = [&](auto n, auto rotate, auto turned) {
-    constexpr int kN = n.value, kLanes = kOnCpu ? 1 : kN / 4;
-    const dim3 grid(ceil_div(cols, kN), ceil_div(rows, 32));
-    launch(gather_kernel<kN, kLanes, rotate.value, turned.value, Source>, grid, kOnCpu ? 32 : 256, 0, out, x, rows, cols, valid, signs);
-  };
-  auto by_size = [&](auto turned) {
-    switch (rht) {
-      case 0: return go(std::integral_constant<int, 16>{}, std::false_type{}, turned);
-      case 16: return go(std::integral_constant<int, 16>{}, std::true_type{}, turned);
-      case 32: return go(std::integral_constant<int, 32>{}, std::true_type{}, turned);
-      case 64: return go(std::integral_constant<int, 64>{}, std::true_type{}, turned);
-      case 128: return go(std::integral_constant<int, 128>{}, std::true_type{}, turned);
-    }
-    die("rht %d: 0, 16, 32, 64 and 128 exist", rht);
-  };
-  if (transpose) by_size(std::true_type{}); else by_size(std::false_type{});
 }
 
 // ------------------------------------------------------------------ the host side
