@@ -98,7 +98,12 @@ __host__ __device__ inline uint32_t format_function(int which, float x, float u)
   switch (which) {
     case kE2m1Encode: return (uint32_t)e2m1_encode(x);
     case kE2m1EncodeSr: return (uint32_t)e2m1_encode_sr(x, u);
-    case kE2m1EncodeByte: return (uint32_t)(e2m1_sign(x) | e2m1_index(e2m1_round_byte(fabsf(x), 255 - (uint32_t)(u * 256))));
+    case kE2m1EncodeByte: {                                  // the byte in each of its four places, among others
+      const uint32_t byte = 255 - (uint32_t)(u * 256);
+      int code[4];
+      for (int at = 0; at < 4; at++) code[at] = e2m1_sign(x) | e2m1_index(e2m1_round_byte(fabsf(x), (0x5aa5c33cu & ~(0xffu << 8 * at)) | byte << 8 * at, at));
+      return (uint32_t)(code[0] == code[1] && code[0] == code[2] && code[0] == code[3] ? code[0] : 99);
+    }
     case kE4m3Encode: return e4m3_encode(x);
     case kE8m0Floor: return e8m0_encode_floor(x);
     case kE8m0Ceil: return e8m0_encode_ceil(x);

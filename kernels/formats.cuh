@@ -44,11 +44,17 @@ __host__ __device__ __forceinline__ uint32_t e2m1_binade(float a) {           //
   const uint32_t b = float_bits(a) & 0x7f800000u;
   return b > 0x3f800000u ? b : 0x3f800000u;
 }
-// |v| = a to the nearest grid value; a tie goes to the even index: adding 2^22 powers of two leaves no bits below a step.
+// |v| = a to the nearest grid value; a tie goes to the even index: adding 2^22 powers of two leaves no bits below a step. A GPU does half as many
+// integer operations, minima and maxima in the same time as multiply-adds: there the power of two is a float, and two multiply-adds do the rest.
 __host__ __device__ __forceinline__ float e2m1_round(float a) {
   a = e2m1_saturate(a);
+#ifdef __CUDA_ARCH__
+  const float binade = fmaxf(bits_float(float_bits(a) & 0x7f800000u), 1.0f);
+  return fmaf(binade, -0x1p22f, fmaf(binade, 0x1p22f, a));
+#else
   const float magic = bits_float(e2m1_binade(a) + (22u << 23));
   return (a + magic) - magic;
+#endif
 }
 // Stochastically, with u in [0, 1): up with probability (a - lo) / step. lo: the step's bits of a, found below the first bit of a + 2 binades; bits
 // that could round that sum up are cut off first. Nothing here is rounded.
@@ -62,21 +68,26 @@ __host__ __device__ __forceinline__ float e2m1_round_sr(float a, float u) {
 // The middle of the r-th of 256 intervals of [0, 1): (2r + 1) / 512.
 __host__ __device__ __forceinline__ float byte_uniform(uint32_t r) { return bits_float(0x3f804000u | r << 15) - 1.0f; }
 // x >= 0 up to the next integer, plus 1.5 * 2^23: the integer stands in the last bits of the sum.
-__host__ __device__ __forceinline__ float ceil_plus_magic(float x) {
-#ifdef __CUDA_ARCH__
-  return __fadd_ru(x, 12582912.0f);
-#else
-  return ceilf(x) + 12582912.0f;
-#endif
-}
-// e2m1_round_sr(a, byte_uniform(r)) in fewer operations, which is what bounds the quantizers on a GPU. complement: 255 - r. In units of step/512 a
-// value is n = ceil(512 a/step), and it goes up where the part of n below 512 exceeds 2r + 1: where adding 510 - 2r carries.
-__host__ __device__ __forceinline__ float e2m1_round_byte(float a, uint32_t complement) {
+inline float ceil_plus_magic(float x) { return ceilf(x) + 12582912.0f; }
+// e2m1_round_sr(a, byte_uniform(r)) in fewer operations, which is what bounds the quantizers on a GPU; 255 - r is byte `which` of `complements`.
+// On a GPU: up where (a - lo) / step > (2r + 1) / 512, that is, where a + step * (2 (255 - r) + 1) / 512 lies above the next grid value: that sum,
+// rounded up to the grid, less a step. Both sums are rounded up, so that the least excess counts: multiply-adds only.
+// On a CPU: in units of step/512 a value is n = ceil(512 a/step), and it goes up where adding 510 - 2r to the part of n below 512 carries.
+__host__ __device__ __forceinline__ float e2m1_round_byte(float a, uint32_t complements, int which) {
   a = e2m1_saturate(a);
+#ifdef __CUDA_ARCH__
+  const float binade = fmaxf(bits_float(float_bits(a) & 0x7f800000u), 1.0f);             // a step is half of it
+  // (byte + 1/2) / 512: the first and the last byte by a conversion, the others as the last bits of 2^23
+  const float part = which % 3 == 0 ? fmaf((float)(complements >> 8 * which & 0xff), 0x1p-9f, 0x1p-10f)
+                                    : fmaf(bits_float(__byte_perm(complements, 0x4b000000u, 0x7540 + which)), 0x1p-9f, 0x1p-10f - 0x1p14f);
+  const float sum = __fmaf_ru(part, binade, a);
+  return fmaf(binade, -(0x1.8p22f + 0.5f), __fmaf_ru(binade, 0x1.8p22f, sum));
+#else
   const uint32_t binade = e2m1_binade(a);
-  const float n = ceil_plus_magic(a * bits_float((264u << 23) - binade));                 // 1024 / binade: a step is half the binade
-  const float down = bits_float((float_bits(n) + 2 * complement) & ~511u);
+  const float n = ceil_plus_magic(a * bits_float((264u << 23) - binade));                 // 1024 / binade
+  const float down = bits_float((float_bits(n) + 2 * (complements >> 8 * which & 0xff)) & ~511u);
   return (down - 12582912.0f) * bits_float(binade - (10u << 23));
+#endif
 }
 __host__ __device__ __forceinline__ int e2m1_index_rn(float a) { return e2m1_index(e2m1_round(a)); }
 __host__ __device__ __forceinline__ int e2m1_index_sr(float a, float u) { return e2m1_index(e2m1_round_sr(a, u)); }

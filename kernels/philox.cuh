@@ -17,11 +17,22 @@ struct RandomKey {
   uint32_t stream;      // which tensor, which copy
 };
 
+// Both halves of a 64-bit product. (From (uint64_t)a * b nvcc 13.0 makes an addition of zero to the upper half as well.)
+struct Product { uint32_t low, high; };
+__host__ __device__ __forceinline__ Product multiply_wide(uint32_t a, uint32_t b) {
+#ifdef __CUDA_ARCH__
+  return {a * b, __umulhi(a, b)};
+#else
+  const uint64_t p = (uint64_t)a * b;
+  return {(uint32_t)p, (uint32_t)(p >> 32)};
+#endif
+}
+
 __host__ __device__ inline uint4 philox4x32(uint4 counter, uint2 key) {
 #pragma unroll
   for (int round = 0; round < 10; round++) {
-    const uint64_t a = (uint64_t)0xD2511F53u * counter.x, b = (uint64_t)0xCD9E8D57u * counter.z;
-    counter = make_uint4((uint32_t)(b >> 32) ^ counter.y ^ key.x, (uint32_t)b, (uint32_t)(a >> 32) ^ counter.w ^ key.y, (uint32_t)a);
+    const Product a = multiply_wide(0xD2511F53u, counter.x), b = multiply_wide(0xCD9E8D57u, counter.z);
+    counter = make_uint4(b.high ^ counter.y ^ key.x, b.low, a.high ^ counter.w ^ key.y, a.low);
     key.x += 0x9E3779B9u;      // golden ratio
     key.y += 0xBB67AE85u;      // sqrt(3) - 1
   }

@@ -19,6 +19,14 @@
 #include <deque>
 #endif
 
+// ------------------------------------------------------------------ max(m, |v|), NaN if v is NaN
+#ifdef __CUDA_ARCH__
+__device__ __forceinline__ float max_abs_nan(float m, float v) {
+  asm("max.NaN.f32 %0, %0, %1;" : "+f"(m) : "f"(fabsf(v)));
+  return m;
+}
+#endif
+
 // ------------------------------------------------------------------ d += A B: 16 x 8 float += 16 x 16 bf16 times 16 x 8 bf16
 __device__ inline void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
 #ifndef CPU_BUILD

@@ -396,10 +396,23 @@ template <class S> __device__ __forceinline__ void rotate_row(RowPart<S>& v, int
   for (int u = 0; u < S::kUnits; u++) {
     const int place = (along * S::kUnits + u) * S::kUnit & (n - 1);                       // of the block's first column in its group
     const uint32_t bits = (uint32_t)((place < 64 ? signs.word[0] : signs.word[1]) >> (place % 64));
+    auto negated = [&](int j) { return (n == 16 ? bits >> (j % 16) : bits >> j) & 1; };
+#ifdef __CUDA_ARCH__
+    // Signs and the first butterfly at once, by multiply-adds: of these a GPU does twice as many in a time as of logic. The same sums.
 #pragma unroll
-    for (int j = 0; j < S::kUnit; j++) v[u][j] = negate_if(v[u][j], (n == 16 ? bits >> (j % 16) : bits >> j) & 1);
+    for (int j = 0; j < S::kUnit; j += 2) {
+      const float a = v[u][j] * negate_if(1.0f, negated(j)), sign = negate_if(1.0f, negated(j + 1)), b = v[u][j + 1];
+      v[u][j] = fmaf(b, sign, a);
+      v[u][j + 1] = fmaf(-b, sign, a);
+    }
+    constexpr int kFirst = 2;
+#else
+    constexpr int kFirst = 1;
 #pragma unroll
-    for (int distance = 1; distance < S::kUnit; distance *= 2) {
+    for (int j = 0; j < S::kUnit; j++) v[u][j] = negate_if(v[u][j], negated(j));
+#endif
+#pragma unroll
+    for (int distance = kFirst; distance < S::kUnit; distance *= 2) {
       if (distance == 16 && n == 16) break;                                         // a rotation of 16 in blocks of 32
 #pragma unroll
       for (int j = 0; j < S::kUnit; j++) {
@@ -419,12 +432,13 @@ template <class S> __device__ __forceinline__ void rotate_row(RowPart<S>& v, int
 #pragma unroll
   for (int distance = 1; distance < S::kAlong; distance *= 2) {
     if (distance * S::kUnits * S::kUnit >= n) break;
+    const float sign = along & distance ? -1.0f : 1.0f;
 #pragma unroll
     for (int u = 0; u < S::kUnits; u++) {
 #pragma unroll
       for (int j = 0; j < S::kUnit; j++) {
         const float other = __shfl_xor_sync(0xffffffffu, v[u][j], distance);
-        v[u][j] = other + negate_if(v[u][j], (along & distance) != 0);
+        v[u][j] = v[u][j] * sign + other;                                            // exact product: fused or not
       }
     }
   }
@@ -435,11 +449,51 @@ __device__ __forceinline__ float rotation_scale(int n) {                        
 
 // max|v| as the bits of a nonnegative float: ordered like the floats themselves, with NaN above all.
 template <int kN> __device__ __forceinline__ unsigned block_amax_bits(const float (&v)[kN]) {
+#ifdef __CUDA_ARCH__
+  float m = 0;                                               // one operation an element instead of two
+#pragma unroll
+  for (int j = 0; j < kN; j++) m = max_abs_nan(m, v[j]);
+  return float_bits(m);
+#else
   unsigned m = 0;
 #pragma unroll
   for (int j = 0; j < kN; j++) m = max(m, float_bits(v[j]) & 0x7fffffffu);
   return m;
+#endif
 }
+// ------------------------------------------------------------------ recipes known to the compiler
+// A kernel that asks for every word of a recipe at run time has 5,500 instructions, of which a recipe uses about a tenth, here and there. So a GPU
+// has a kernel for each NVFP4 operand that the table of recipes makes from BF16, or doubly; all others, and the CPU, take the one for `any`.
+enum class Known { any, rn, tile, tile46, sr, sr16, rn16, outer_rn, outer_sr16, rn46, eden128 };
+__host__ __device__ constexpr OperandRecipe known_recipe(Known k) {
+  OperandRecipe r;
+  r.format = Format::nvfp4;
+  if (k == Known::tile || k == Known::tile46) r.blocks = Blocks::b16x16;
+  if (k == Known::tile46 || k == Known::rn46) r.scale = ScaleRule::four_six;
+  if (k == Known::outer_rn || k == Known::outer_sr16) r.outer = Outer::b1x128;
+  if (k == Known::sr || k == Known::sr16 || k == Known::outer_sr16) r.rounding = Rounding::stochastic;
+  if (k == Known::eden128) r.rounding = Rounding::eden16;
+  r.rht = k == Known::eden128 ? 128 : k == Known::sr16 || k == Known::rn16 || k == Known::outer_sr16 ? 16 : 0;
+  r.signs = r.rht == 0 ? Signs::none : k == Known::sr16 || k == Known::rn16 ? Signs::fixed : Signs::fresh;
+  return r;
+}
+inline bool is_known(const OperandRecipe& a, Known k, const SignBits& signs) {
+  const OperandRecipe b = known_recipe(k);
+  if (b.signs == Signs::fixed && (signs.word[0] & 0xffff) != kFixedSigns) return false;
+  return a.format == b.format && a.blocks == b.blocks && a.outer == b.outer && a.rounding == b.rounding && a.scale == b.scale && a.rht == b.rht && a.signs == b.signs;
+}
+template <Known... k> struct KnownList {};
+template <bool kTranspose, bool kWarp, class Source> struct KnownFor { using List = KnownList<>; };
+#ifndef CPU_BUILD
+template <> struct KnownFor<false, true, Matrix<bf16>> {
+  using List = KnownList<Known::rn, Known::tile, Known::tile46, Known::sr, Known::outer_rn, Known::outer_sr16, Known::rn46, Known::eden128>;
+};
+template <> struct KnownFor<true, true, Matrix<bf16>> {
+  using List = KnownList<Known::rn, Known::tile, Known::tile46, Known::sr, Known::sr16, Known::rn16, Known::outer_sr16, Known::eden128>;
+};
+template <> struct KnownFor<true, true, Packed> { using List = KnownList<Known::outer_sr16, Known::eden128>; };
+#endif
+
 // What every kernel below wants to know.
 struct BlockHow {
   OperandRecipe recipe;
@@ -492,9 +546,10 @@ template <int kN, int kM> __device__ __forceinline__ unsigned row_amax_bits(cons
 // Where a recipe needs no scale of the tensor (outer 1x128, MX formats), there is no such pass. plain: null, or max|x|; rotated: null, or max|x|
 // after how.recipe's rotation: both in one reading. row_amax: null, or [rows], zeroed: of the rotated rows, if there is a rotation. Rounding is
 // monotonic, so that the largest value is scaled and rounded in the place of all.
-template <bool kTranspose, bool kWarp, class Source>
+template <bool kTranspose, bool kWarp, class Source, int kRht>
 __global__ void __launch_bounds__(kStripThreads, 8) amax_kernel(unsigned* plain, unsigned* rotated, unsigned* row_amax, Source x, BlockHow how) {
   using S = Share<16, kWarp>;
+  if constexpr (kRht >= 0) how.recipe.rht = kRht;
   alignas(16) __shared__ typename Source::Element shared[shared_elements<S, kTranspose, Source>()];
   const float scale = how.recipe.rht ? rotation_scale(how.recipe.rht) : 1;
   auto finish = [&](unsigned m) {
@@ -534,7 +589,7 @@ __device__ __forceinline__ void round_block(float (&magnitude)[kN], const float 
       const uint4 r = random_block(key, block16 + half);
       const uint32_t words[4] = {~r.x, ~r.y, ~r.z, ~r.w};        // u: midpoints of 256 intervals, unbiased, and never 0 or 1
 #pragma unroll
-      for (int j = 0; j < 16; j++) magnitude[16 * half + j] = e2m1_round_byte(fabsf(v[16 * half + j]), words[j / 4] >> (8 * (j % 4)) & 0xff);
+      for (int j = 0; j < 16; j++) magnitude[16 * half + j] = e2m1_round_byte(fabsf(v[16 * half + j]), words[j / 4], j % 4);
     }
   } else {
 #pragma unroll
@@ -608,13 +663,13 @@ template <int kN> __device__ __forceinline__ void divide_block(float (&v)[kN], f
 // ------------------------------------------------------------------ NVFP4
 // The scale of one block of 16: an element v lies on the E2M1 grid at v * encode or, where `divide` is not 0, at v / divide; decode undoes that.
 struct BlockScale {
-  uint8_t byte;
-  float scale, outer;               // float(byte), and the FP32 scale that goes with it
+  float scale, outer;               // an E4M3 value, and the FP32 scale that goes with it
   float encode, divide;
   __device__ __forceinline__ float on_grid(float v) const { return divide != 0 ? v / divide : __fmul_rn(v, encode); }
-  // squared error of an element, rounded to nearest
-  __device__ __forceinline__ float error(float v) const {
-    const float d = __fsub_rn(__fmul_rn(e2m1_round(fabsf(on_grid(v))), scale * outer), fabsf(v));
+  // squared error of an element, and its magnitude, rounded to nearest
+  __device__ __forceinline__ float error(float v, float& magnitude) const {
+    magnitude = e2m1_round(fabsf(on_grid(v)));
+    const float d = __fsub_rn(__fmul_rn(magnitude, scale * outer), fabsf(v));
     return __fmul_rn(d, d);
   }
 };
@@ -631,8 +686,7 @@ __device__ __forceinline__ BlockScale block_scale(const OperandRecipe& how, floa
   if (how.scale == ScaleRule::headroom) stretch *= 17.0f / 16;
   if (how.outer == Outer::tensor && !is_eden(how)) {
     const float wanted = fminf(block_amax * (t.encode * (1.0f / 6.0f)), FLT_MAX) * stretch;
-    s.byte = how.scale == ScaleRule::ceil ? e4m3_encode_ceil(wanted) : e4m3_encode(wanted);
-    s.scale = e4m3_decode(s.byte);
+    s.scale = how.scale == ScaleRule::ceil ? e4m3_decode(e4m3_encode_ceil(wanted)) : e4m3_round(wanted);
     s.outer = t.decode;
     s.encode = fminf(1.0f / (s.scale * t.decode), FLT_MAX);
     s.divide = 0;
@@ -640,21 +694,24 @@ __device__ __forceinline__ BlockScale block_scale(const OperandRecipe& how, floa
     const bool eden = is_eden(how);
     s.outer = t.decode;
     const float wanted = (eden ? block_amax / kEdenStep / s.outer : block_amax / s.outer / 6) * stretch;
-    s.byte = how.scale == ScaleRule::ceil ? e4m3_encode_ceil(wanted) : e4m3_encode(wanted);
-    if (s.byte == 0) s.byte = eden ? 0x38 : 0x01;         // 1.0 or 2^-9. The scale that was rounded to 0 as well: never divide by 0
-    s.scale = e4m3_decode(s.byte);
+    s.scale = how.scale == ScaleRule::ceil ? e4m3_decode(e4m3_encode_ceil(wanted)) : e4m3_round(wanted);
+    if (s.scale == 0) s.scale = eden ? 1 : 0x1p-9f;       // the scale that was rounded to 0 as well: never divide by 0
     s.encode = 0;
     s.divide = s.outer * s.scale;
   }
   return s;
 }
-// Four over six: the block's squared error with its largest element at 6 and at 4. Sums in ascending order.
+// Four over six: the block's squared error with its largest element at 6 and at 4, and both roundings. Sums in ascending order.
 struct ErrorPair {
   float six = 0, four = 0;
+  float rounded6[16], rounded4[16];
   __device__ __forceinline__ void add(const float (&v)[16], const BlockScale& at6, const BlockScale& at4) {
     float block6 = 0, block4 = 0;
 #pragma unroll
-    for (int j = 0; j < 16; j++) { block6 = __fadd_rn(block6, at6.error(v[j])); block4 = __fadd_rn(block4, at4.error(v[j])); }
+    for (int j = 0; j < 16; j++) {
+      block6 = __fadd_rn(block6, at6.error(v[j], rounded6[j]));
+      block4 = __fadd_rn(block4, at4.error(v[j], rounded4[j]));
+    }
     six = __fadd_rn(six, block6);
     four = __fadd_rn(four, block4);
   }
@@ -717,9 +774,13 @@ template <class S> __device__ __forceinline__ float eden_correction128(const flo
 }
 
 // Pass 2: codes and scales. four_tiles: the choice of four over six in 16x16 tiles.
-template <bool kTranspose, bool kWarp, class Source>
+template <bool kTranspose, bool kWarp, class Source, Known kKnown>
 __global__ void __launch_bounds__(kStripThreads, 5) nvfp4_kernel(Operand4 out, const uint32_t* four_tiles, Source x, BlockHow how) {
   using S = Share<16, kWarp>;
+  if constexpr (kKnown != Known::any) {
+    how.recipe = known_recipe(kKnown);
+    if (how.recipe.signs == Signs::fixed) how.signs.word[0] = kFixedSigns;
+  }
   const OperandRecipe& recipe = how.recipe;
   alignas(16) __shared__ typename Source::Element shared[shared_elements<S, kTranspose, Source>()];
   const Source source = x.ready();
@@ -756,9 +817,19 @@ __global__ void __launch_bounds__(kStripThreads, 5) nvfp4_kernel(Operand4 out, c
         s = block_scale(recipe, block_amax, outer);
         if (four_six) {
           const BlockScale four = block_scale(recipe, block_amax, outer, 1.5f);
-          ErrorPair error;
-          if (!tile) error.add(v[u], s, four);
-          if (tile ? row < out.rows && block < blocks && four_tiles[(size_t)(row / 16) * blocks + block] : error.four < error.six) s = four;
+          if (tile) {
+            if (row < out.rows && block < blocks && four_tiles[(size_t)(row / 16) * blocks + block]) s = four;
+          } else {
+            ErrorPair error;
+            error.add(v[u], s, four);
+            const bool take_four = error.four < error.six;
+            if (take_four) s = four;
+            if (recipe.rounding == Rounding::nearest) {            // it has been rounded; of v the sign is left to use, which is that of v on the grid
+#pragma unroll
+              for (int j = 0; j < 16; j++) magnitude[u][j] = take_four ? error.rounded4[j] : error.rounded6[j];
+              continue;
+            }
+          }
         }
         if (s.divide != 0) divide_block(v[u], s.divide);
         else {
@@ -775,15 +846,14 @@ __global__ void __launch_bounds__(kStripThreads, 5) nvfp4_kernel(Operand4 out, c
           if (recipe.rounding == Rounding::eden16) sums.add(v[u], magnitude[u]);
           const float correction = recipe.rounding == Rounding::eden16 ? sums.correction() : correction128;
           const uint32_t random = random_block(how.key, (uint64_t)row * blocks + at.col / 16 + u).x & 0xffff;
-          scale[u].byte = e4m3_encode_sr(scale[u].scale * correction, (float)(2 * random + 1) * 0x1p-17f);
-          scale[u].scale = e4m3_decode(scale[u].byte);
+          scale[u].scale = e4m3_decode(e4m3_encode_sr(scale[u].scale * correction, (float)(2 * random + 1) * 0x1p-17f));
         }
       }
 #pragma unroll
       for (int u = 0; u < S::kUnits; u++) {
         const int block = at.col / 16 + u, col = block * 16;
         if (row < out.rows && block < blocks) {
-          if (out.scales) out.scales[scale_offset(row, block, blocks)] = scale[u].byte;
+          if (out.scales) out.scales[scale_offset(row, block, blocks)] = e4m3_encode(scale[u].scale);
           if (wide && out.outer && block % 8 == 0) out.outer[(size_t)row * ceil_div(blocks, 8) + block / 8] = scale[u].outer;
           store_block(out, row, col, magnitude[u], v[u], scale[u].scale, wide, scale[u].outer);
         } else if (row < how.rows_covered && col < how.cols_covered) {           // padding
@@ -938,7 +1008,20 @@ void launch_amax(float* plain, float* rotated, uint32_t* row_amax, const Source&
   how.cols_covered = cols;
   const Grid grid = strips_grid<kTranspose, kWarp>(rows, cols);
   const unsigned blocks = kOnCpu ? grid.blocks : min(grid.blocks, 8u * multiprocessors());
-  launch(amax_kernel<kTranspose, kWarp, Source>, blocks, grid.threads, 0, (unsigned*)plain, (unsigned*)rotated, row_amax, x, how);
+  auto go = [&](auto kernel) { launch(kernel, blocks, grid.threads, 0, (unsigned*)plain, (unsigned*)rotated, row_amax, x, how); };
+  if constexpr (kOnCpu) return go(amax_kernel<kTranspose, kWarp, Source, -1>);
+  else if (how.recipe.rht == 0) go(amax_kernel<kTranspose, kWarp, Source, 0>);
+  else if (how.recipe.rht == 16) go(amax_kernel<kTranspose, kWarp, Source, 16>);
+  else if (how.recipe.rht == 128) go(amax_kernel<kTranspose, kWarp, Source, 128>);
+  else go(amax_kernel<kTranspose, kWarp, Source, -1>);
+}
+// Calls go(kernel) with the nvfp4_kernel for this recipe.
+template <bool kTranspose, bool kWarp, class Source, class Go> void with_known(const BlockHow&, KnownList<>, Go go) {
+  go(nvfp4_kernel<kTranspose, kWarp, Source, Known::any>);
+}
+template <bool kTranspose, bool kWarp, class Source, Known k, Known... others, class Go> void with_known(const BlockHow& how, KnownList<k, others...>, Go go) {
+  if (is_known(how.recipe, k, how.signs)) go(nvfp4_kernel<kTranspose, kWarp, Source, k>);
+  else with_known<kTranspose, kWarp, Source>(how, KnownList<others...>{}, go);
 }
 template <bool kTranspose, bool kWarp, class Source>
 void launch_quantize(const Operand4& out, const Source& x, BlockHow how, uint32_t* groups, bool amax_known) {
@@ -958,7 +1041,8 @@ void launch_quantize(const Operand4& out, const Source& x, BlockHow how, uint32_
     launch(tile_four_six_kernel<kTranspose, Source>, ceil_div(tiles, threads), threads, 0, groups, x, out.rows, out.cols, how,
            (const float*)out.amax);
   }
-  launch(nvfp4_kernel<kTranspose, kWarp, Source>, grid.blocks, grid.threads, 0, out, groups, x, how);
+  with_known<kTranspose, kWarp, Source>(how, typename KnownFor<kTranspose, kWarp, Source>::List{},
+                                        [&](auto kernel) { launch(kernel, grid.blocks, grid.threads, 0, out, groups, x, how); });
 }
 
 inline void check_operand(const Operand4& out, const OperandRecipe& r, const uint32_t* groups) {
