@@ -716,34 +716,51 @@ struct ErrorPair {
     four = __fadd_rn(four, block4);
   }
 };
-// Four over six in 16x16 tiles: one choice for the 256 elements; four[tile] = 1 where 4 is better. A thread a tile: W is small. Without a rotation it
-// goes through the rows of the source, also for the transposed operand, so that W and W^T choose alike.
-template <bool kTranspose, class Source>
+// Four over six in 16x16 tiles: one choice for the 256 elements; four[tile] = 1 where 4 is better. On a GPU 16 lanes share a tile, a row each; on the
+// CPU a thread has it. Without a rotation the rows are those of the source, also for the transposed operand, so that W and W^T choose alike.
+template <bool kTranspose, bool kWarp, class Source>
 __global__ void tile_four_six_kernel(uint32_t* four, Source x, int rows, int cols, BlockHow how, const float* amax) {
-  const int blocks = ceil_div(cols, 16), tile = blockIdx.x * blockDim.x + threadIdx.x, rht = how.recipe.rht;
-  if (tile >= ceil_div(rows, 16) * blocks) return;
-  const int first_row = tile / blocks * 16, first_col = tile % blocks * 16;
+  constexpr int kLanes = kWarp ? 16 : 1;
+  const int blocks = ceil_div(cols, 16), thread = blockIdx.x * blockDim.x + threadIdx.x, tile = thread / kLanes, rht = how.recipe.rht;
+  const int first_row = tile / blocks * 16, first_col = tile % blocks * 16;             // beyond the last tile: zeros, and nothing is written
   const bool turn = kTranspose && !rht;                     // walk through the source instead of the operand
   x = x.ready();
-  auto walk = [&](auto visit) {
-    for (int i = 0; i < 16; i++) {
-      float v[16];
-      for (int j = 0; j < 16; j++)
-        v[j] = turn ? x.at(first_col + i, first_row + j) : kTranspose ? x.at(first_col + j, first_row + i) : x.at(first_row + i, first_col + j);
-      if (rht) {
-        rht16(v, (uint32_t)how.signs.word[0]);
-        if (rounds_rotated(how.recipe)) for (float& e : v) e = to_float(to_bf16(e));
-      }
-      visit(v);
+  auto load = [&](float (&v)[16], int i) {
+    if (turn || !kTranspose) {
+      const auto run = turn ? x.template run<16>(first_col + i, first_row) : x.template run<16>(first_row + i, first_col);
+      for (int j = 0; j < 16; j++) v[j] = run[j];
+    } else {
+      for (int j = 0; j < 16; j++) v[j] = x.at(first_col + j, first_row + i);
+    }
+    if (rht) {
+      rht16(v, (uint32_t)how.signs.word[0]);
+      if (rounds_rotated(how.recipe)) for (float& e : v) e = to_float(to_bf16(e));
     }
   };
+  float v[16];
   unsigned most = 0;
-  walk([&](float (&v)[16]) { most = max(most, block_amax_bits(v)); });
+  for (int i = threadIdx.x % kLanes; i < 16; i += kLanes) {
+    load(v, i);
+    most = max(most, block_amax_bits(v));
+  }
+#pragma unroll
+  for (int o = 1; o < kLanes; o *= 2) most = max(most, __shfl_xor_sync(0xffffffffu, most, o));
   const TensorScale t = outer_scale(how.recipe, *amax);
   const BlockScale at6 = block_scale(how.recipe, bits_float(most), t), at4 = block_scale(how.recipe, bits_float(most), t, 1.5f);
   ErrorPair error;
-  walk([&](float (&v)[16]) { error.add(v, at6, at4); });
-  four[tile] = error.four < error.six;
+  for (int i = threadIdx.x % kLanes; i < 16; i += kLanes) {
+    if (!kWarp) load(v, i);
+    error.add(v, at6, at4);
+  }
+  if (kWarp) {                                              // the rows' errors, one after the other
+    const ErrorPair own = error;
+    error.six = error.four = 0;
+    for (int i = 0; i < 16; i++) {
+      error.six = __fadd_rn(error.six, __shfl_sync(0xffffffffu, own.six, i, 16));
+      error.four = __fadd_rn(error.four, __shfl_sync(0xffffffffu, own.four, i, 16));
+    }
+  }
+  if (thread % kLanes == 0 && tile < ceil_div(rows, 16) * blocks) four[tile] = error.four < error.six;
 }
 
 // MS-EDEN: sums over a block that is on the grid, of v*v and of v*q; their quotient corrects the bias of rounding to nearest.
@@ -1037,8 +1054,8 @@ void launch_quantize(const Operand4& out, const Source& x, BlockHow how, uint32_
   if (is_mx(r.format)) return launch(mx_kernel<kTranspose, kWarp, Source>, grid.blocks, grid.threads, 0, out, x, how);
   if (r.format != Format::nvfp4) return launch(plain_kernel<kTranspose, kWarp, Source>, grid.blocks, grid.threads, 0, out, groups, x, how);
   if (r.blocks == Blocks::b16x16 && r.scale == ScaleRule::four_six) {
-    const unsigned tiles = ceil_div(out.rows, 16) * ceil_div(out.cols, 16), threads = kOnCpu ? 8 : 64;
-    launch(tile_four_six_kernel<kTranspose, Source>, ceil_div(tiles, threads), threads, 0, groups, x, out.rows, out.cols, how,
+    const unsigned tiles = ceil_div(out.rows, 16) * ceil_div(out.cols, 16), threads = kWarp ? 128 : 8;                 // 8 tiles in a block
+    launch(tile_four_six_kernel<kTranspose, kWarp, Source>, ceil_div(tiles, 8u), threads, 0, groups, x, out.rows, out.cols, how,
            (const float*)out.amax);
   }
   with_known<kTranspose, kWarp, Source>(how, typename KnownFor<kTranspose, kWarp, Source>::List{},
