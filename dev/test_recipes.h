@@ -480,6 +480,74 @@ inline void test_strip_forms() {
 inline void test_strip_forms() { skip("a warp a strip and a thread a strip give the same bits", "the CPU's build compares them"); }
 #endif
 
+// Double quantization: from every packed format, what quantize() makes of its dequantized values in FP32; also from codes and scales that no quantizer
+// writes: the whole range of E8M0 and of the outer scales, E4M3's subnormals, NaN and infinity. Sizes: ragged; several tiles for a block.
+template <bool kWarp> void packed_source_form(Mismatches& m, OperandOnDevice& from, const OperandRecipe& from_how, const OperandBytes& want, const OperandRecipe& o, const QuantizeHow& how,
+                                              int rows, int cols, const char* where) {
+  OperandOnDevice d(o, rows, cols);
+  quantize<kWarp>(d.out, from.out, from_how, how, d.groups.p);
+  const OperandBytes got = d.read(o);
+  auto all = [&](const auto& p, const auto& q) {
+    for (size_t i = 0; i < q.size(); i++) m.add(memcmp(&p[i], &q[i], sizeof p[i]) == 0 || (p[i] != p[i] && q[i] != q[i]), where, (double)i, p[i], q[i]);
+  };
+  all(got.codes, want.codes); all(got.scales, want.scales); all(got.outer, want.outer); all(got.mask, want.mask); all(got.values, want.values);
+  m.add((got.tensor == want.tensor || (got.tensor != got.tensor && want.tensor != want.tensor)) && got.guards && want.guards, where, -1, got.tensor, want.tensor);
+}
+// Other codes and scales in the place of what a quantizer wrote. wild: also NaN and infinity.
+inline void scramble(OperandOnDevice& d, const OperandRecipe& o, bool wild, Rng& rng) {
+  const Operand4& p = d.out;
+  std::vector<uint8_t> codes = d.codes.host(), scales = d.scales.host();
+  std::vector<float> outer = d.outer.host();
+  const bool fp8 = is_fp8(o.format) || o.format == Format::mxfp8, mx = is_mx(o.format);
+  for (int r = 0; r < p.rows; r++)
+    for (int c = 0; c < p.cols; c++) {
+      const size_t at = (size_t)r * p.ld + c;
+      const int code = (int)rng.below(256), finite = o.format == Format::fp8_e5m2 ? 0x7b : 0x7e;
+      if (fp8) codes[at] = (uint8_t)(wild || (code & 0x7f) <= finite ? code : code & 0x80);
+      else codes[at / 2] = (uint8_t)(c % 2 ? (codes[at / 2] & 15) | code << 4 : (codes[at / 2] & 0xf0) | (code & 15));
+      const int unit = mx ? 32 : 16;
+      if ((mx || o.format == Format::nvfp4) && c % unit == 0) {
+        const bool nan = wild && rng.below(64) == 0;
+        scales[scale_offset(r, c / unit, ceil_div(p.cols, unit))] = (uint8_t)(mx ? (nan ? 255 : rng.below(3) ? 110 + rng.below(20) : rng.below(255)) : (nan ? 127 : rng.below(127)));
+      }
+    }
+  const float extremes[] = {1e-44f, 1e-38f, 1, 0, 0x1p117f, 3e-5f, INFINITY, NAN};
+  for (float& e : outer) e = extremes[rng.below(wild ? 8 : 6)];
+  d.codes.set(codes); d.scales.set(scales); d.outer.set(outer);
+  d.amax.set({wild ? (rng.below(2) ? INFINITY : NAN) : std::vector<float>{1e-44f, 1e-38f, 3.4e38f, 1}[rng.below(4)]});
+}
+inline void test_packed_sources() {
+  Mismatches m;
+  Rng rng(180);
+  for (const char* from_text : {"nvfp4", "nvfp4 outer=1x128", "nvfp4 blocks=16x16", "nvfp4 scale=four_six", "nvfp4 rounding=eden16 rht=128 signs=fresh", "mxfp4 scale=range34", "mxfp4 scale=quest_nearest rht=32",
+                                "fp4_vector", "fp8_e4m3", "fp8_e5m2", "mxfp8", "exact"})
+    for (const char* text : {"nvfp4 rounding=eden16 rht=128 signs=fresh", "nvfp4 outer=1x128 rounding=stochastic rht=16 signs=fresh", "nvfp4 blocks=16x16", "mxfp4 scale=range34", "fp4_vector", "exact"})
+      for (auto [src_rows, cols] : {std::pair(37, 300), std::pair(150, 66), std::pair(400, 290)})
+        for (int kind = 0; kind < 3; kind++) {               // what the quantizer wrote, other numbers, NaN and infinity too
+          const OperandRecipe o = operand_of(text), from_how = operand_of(from_text);
+          if (from_how.format == Format::exact && kind) continue;
+          OperandOnDevice from(from_how, src_rows, cols, true, from_how.format == Format::exact);
+          TestArray<bf16> x(narrow<bf16>(widen(as_stored<bf16>(quantizer_data(kHeavyTail, src_rows, cols, 181)))));
+          QuantizeHow forward = random_key(rng, false), how = random_key(rng, true);
+          forward.recipe = from_how;
+          how.recipe = o;
+          quantize(from.out, (const bf16*)x.p, forward, from.groups.p);
+          from.out.cols = rotated_cols(cols, from_how.rht);
+          if (kind) scramble(from, from_how, kind == 2, rng);
+          TestArray<float> values((size_t)src_rows * from.out.cols);
+          dequantize(values.p, from.out, from_how);
+          OperandOnDevice plain(o, from.out.cols, src_rows);
+          quantize(plain.out, (const float*)values.p, how, plain.groups.p);
+          const OperandBytes want = plain.read(o);
+          const std::string where = std::string(from_text) + (kind ? kind == 1 ? ", other numbers" : ", NaN and infinity" : "") + ", to " + text + ", " + std::to_string(src_rows) + "x" + std::to_string(cols);
+          packed_source_form<!kOnCpu>(m, from, from_how, want, o, how, from.out.cols, src_rows, where.c_str());
+#ifdef CPU_BUILD
+          packed_source_form<true>(m, from, from_how, want, o, how, from.out.cols, src_rows, where.c_str());
+#endif
+        }
+  m.report("double quantization gives the bits of quantizing the dequantized values, from every packed format and with extreme scales");
+}
+
 // 16x16 blocks: W and W^T hold the same codes and scales under every rule, 4/6 with its one choice for a tile among them.
 inline void test_tiles_and_transpose() {
   Mismatches m;
@@ -1298,7 +1366,7 @@ inline void test_recipe_training() {
 
 // Among the kernels' checks: in both thread orders.
 inline void test_quantizer_forms() {
-  if (section("quantizers: a warp a strip, a thread a strip, a thread a block")) { test_strip_forms(); test_simple_quantizer(); }
+  if (section("quantizers: a warp a strip, a thread a strip, a thread a block")) { test_strip_forms(); test_packed_sources(); test_simple_quantizer(); }
 }
 inline void test_recipes() {
   if (section("recipes: quantizers")) {

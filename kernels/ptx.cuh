@@ -294,6 +294,19 @@ __device__ inline float ex2_approx(float x) {
   return x < -126 ? 0.0f : exp2f(x);
 #endif
 }
+// Two products of bf16, each rounded to nearest even: the lower halves' and the upper halves'.
+__device__ __forceinline__ uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
+#ifndef CPU_BUILD
+  __nv_bfloat162 x, y;
+  memcpy(&x, &a, 4);
+  memcpy(&y, &b, 4);
+  x = __hmul2(x, y);
+  memcpy(&a, &x, 4);
+  return a;
+#else
+  return to_bf16(bits_float(a << 16) * bits_float(b << 16)).bits | (uint32_t)to_bf16(bits_float(a & 0xffff0000u) * bits_float(b & 0xffff0000u)).bits << 16;
+#endif
+}
 // Two floats rounded to bf16 (to nearest even) in one register, the first in the lower half.
 __device__ inline uint32_t pack_bf16(float first, float second) {
 #ifndef CPU_BUILD

@@ -246,7 +246,7 @@ template <class T> struct Matrix {
 // A packed operand: double quantization, which is for the transposed copies of the backward pass only.
 struct Packed {
   static constexpr bool kRowCopy = false;
-  using Element = float;
+  using Element = uint32_t;                                    // of the tile in shared memory: codes and scales as they are
   Operand4 operand; OperandRecipe how;
   float tensor = 1;                                            // FP32 scale of the tensor
   __device__ Packed ready() const { Packed p = *this; p.tensor = outer_scale_of_tensor(operand, how); return p; }
@@ -255,10 +255,10 @@ struct Packed {
     float v[kN];
     __device__ __forceinline__ float operator[](int j) const { return v[j]; }
   };
+  __device__ __forceinline__ bool fp4() const { return how.format == Format::nvfp4 || how.format == Format::mxfp4 || how.format == Format::fp4_vector; }
   template <int kN> __device__ __forceinline__ Run<kN> run(int r, int c) const {
     Run<kN> v;
-    const bool fp4 = how.format == Format::nvfp4 || how.format == Format::mxfp4 || how.format == Format::fp4_vector;
-    if (fp4 && r < operand.rows && c + kN <= operand.cols) {
+    if (fp4() && r < operand.rows && c + kN <= operand.cols) {
 #pragma unroll
       for (int first = 0; first < kN; first += 8) {            // 8 codes are a word, and share a scale
         const ElementScale s = element_scale(operand, how, r, c + first, tensor);
@@ -279,10 +279,19 @@ constexpr int kTileColumns = 64;
 template <class E> __host__ __device__ constexpr int tile_offset(int column) { return column * kTileColumns + column / 16 * (int)(16 / sizeof(E)); }
 template <class E> __host__ __device__ constexpr int tile_elements() { return tile_offset<E>(128); }
 
+// A packed operand's tile, in words: the codes, 128 source rows of 32 bytes (FP8: 64), as much out of step; 512 bytes of scales as they lie in memory;
+// the outer scales of the rows. And what each warp makes of the scales: two factors for a source row (PackedRows). Half of the room for codes is left where
+// they are FP4: there each thread keeps 16 words of its own.
+__host__ __device__ constexpr int packed_row(int column, int words) { return column * words + column / 16 * 4; }
+constexpr int kPackedScales = packed_row(128, 16), kPackedOuter = kPackedScales + 128, kPackedTile = kPackedOuter + 128;
+constexpr int kPackedFactors = packed_row(128, 1), kPackedFree = packed_row(128, 8);
+
 constexpr int kTiles = 2;                                     // that a block has in shared memory, one of them on its way
+template <class Source> __host__ __device__ constexpr bool fetched_ahead() { return !Source::kRowCopy || sizeof(typename Source::Element) == 2; }
+template <class Source> __host__ __device__ constexpr int source_tile() { return Source::kRowCopy ? tile_elements<typename Source::Element>() : kPackedTile; }
 template <class S, bool kTranspose, class Source> __host__ __device__ constexpr int shared_elements() {
-  using E = typename Source::Element;
-  return !kTranspose || !S::kWarp ? 1 : (sizeof(E) == 2 ? kTiles : 1) * tile_elements<E>();
+  const int more = Source::kRowCopy ? 0 : kStripThreads / 32 * 2 * kPackedFactors + kStripThreads * (S::kUnit - 16);
+  return !kTranspose || !S::kWarp ? 1 : (fetched_ahead<Source>() ? kTiles : 1) * source_tile<Source>() + more;
 }
 // Brings the tile of a unit to shared memory; returns at once if the source is a matrix whose rows are aligned.
 template <class S, class Source> __device__ __forceinline__ void fetch_tile(typename Source::Element* tile, const Source& x, StripPlace at) {
@@ -292,7 +301,7 @@ template <class S, class Source> __device__ __forceinline__ void fetch_tile(type
   for (int k = threadIdx.x; k < 128 * kTileColumns / 8; k += kStripThreads) {
     const int c = first_col + k / (kTileColumns / 8), r = first_row + k % (kTileColumns / 8) * 8;
     E* to = tile + tile_offset<E>(c - first_col) + r - first_row;
-    if constexpr (std::is_same_v<E, bf16> && Source::kRowCopy) {
+    if constexpr (std::is_same_v<E, bf16>) {
       if (x.aligned()) {
         const bool inside = c < x.rows && r < x.cols;
         cp_async<16>(to, inside ? x.x + (size_t)c * x.cols + r : x.x, inside);
@@ -303,6 +312,41 @@ template <class S, class Source> __device__ __forceinline__ void fetch_tile(type
     Vec<uint32_t, sizeof(run) / 4> words;
     memcpy(&words, &run, sizeof run);
     store_vec((uint32_t*)to, words);
+  }
+}
+
+// The same from a packed operand, all of it behind the thread's back. Copies of 16 bytes lie within a row: ld is a multiple of 32.
+template <int kCodes> __device__ __forceinline__ void fetch_codes(uint32_t* tile, const Operand4& p, int first_row, int first_col) {
+  constexpr int kCopies = 64 / kCodes;                                             // of a row of the tile: kCodes codes each
+  const int row = threadIdx.x / kCopies, part = threadIdx.x % kCopies, r = first_row + part * kCodes;
+  const uint8_t* from = p.codes + ((size_t)(first_col + row) * p.ld + r) * 16 / kCodes;
+#pragma unroll
+  for (int k = 0; k < kCopies; k++) {
+    constexpr int kStep = kStripThreads / kCopies;
+    const bool inside = first_col + row + k * kStep < p.rows && r < p.ld;
+    cp_async<16>(tile + packed_row(row, kCopies * 4) + packed_row(k * kStep, kCopies * 4) + part * 4, inside ? from : p.codes, inside);
+    from += (size_t)kStep * p.ld * 16 / kCodes;
+  }
+}
+template <class S> __device__ __forceinline__ void fetch_tile(uint32_t* tile, const Packed& x, StripPlace at) {
+  const int first_row = at.row / 64 * 64, first_col = at.col / 128 * 128;          // of the operand: columns and rows of the source
+  const Operand4& p = x.operand;
+  const Format format = x.how.format;
+  if (format == Format::exact) return;
+  const bool wide = format == Format::nvfp4 && x.how.outer == Outer::b1x128;
+  if (x.fp4()) fetch_codes<32>(tile, p, first_row, first_col);
+  else fetch_codes<16>(tile, p, first_row, first_col);
+  const bool there = first_col < p.rows && first_row < p.cols;
+  if ((format == Format::nvfp4 || is_mx(format)) && threadIdx.x < 32) {            // a tile of 128x4
+    const int unit = is_mx(format) ? 32 : 16;
+    const size_t from = scale_offset(first_col, first_row / unit / 4 * 4, ceil_div(p.cols, unit));
+    cp_async<16>(tile + kPackedScales + threadIdx.x * 4, there ? p.scales + from + threadIdx.x * 16 : p.scales, there);
+  }
+  if (wide || format == Format::fp4_vector) {
+    const int c = first_col + (int)threadIdx.x;
+    const bool inside = there && c < p.rows;
+    const size_t from = wide ? (size_t)c * ceil_div(p.cols, 128) + first_row / 128 : (size_t)c;
+    cp_async<4>(tile + kPackedOuter + threadIdx.x, inside ? p.outer + from : p.outer, inside);
   }
 }
 
@@ -350,12 +394,115 @@ template <class S, bool kTranspose, class Source> struct StripRows {
   }
 };
 
+// The same, on a GPU, for the column copy of a packed operand. The 16 columns of the source that are the rows of a strip lie within one block, so that each
+// source row has two factors here: an element is (code * first) * second, then * last. A code is made a BF16 number by its place in the
+// word, which makes it 2^126 times too small; `first` is the block scale, too large by 2^118, so that their product is exact; `second` is the outer
+// scale, too large by the missing 2^8, which no outer scale is too large for. So this gives the bits of (code * block) * outer. MX: a power of two may be beyond
+// BF16's normal numbers: `first` is 2^126 alone, and `second` the block scale. Codes of two rows of the strip, kDown apart, are found at once.
+template <class S> struct PackedRows {
+  const Packed& x;
+  StripPlace at;
+  const uint32_t *codes, *factors;                              // of the first of this thread's columns
+  uint32_t* shared;
+  __device__ __forceinline__ PackedRows(const Packed& source, StripPlace place, const uint32_t* tile, uint32_t* shared_memory)
+      : x(source), at(place), shared(shared_memory) {
+    uint32_t* all = shared + kTiles * kPackedTile + threadIdx.x / 32 * 2 * kPackedFactors;
+    const int column = at.col % 128, lane = threadIdx.x % 32;
+    const bool fp4 = x.fp4(), nv = x.how.format == Format::nvfp4, mx = is_mx(x.how.format);
+    const bool wide = nv && x.how.outer == Outer::b1x128, outer = wide || x.how.format == Format::fp4_vector;
+    codes = fp4 ? tile + packed_row(column, 8) + at.row % 64 / 16 * 2 : tile + packed_row(column, 16);
+    factors = all + packed_row(column, 1);
+    if (x.how.format == Format::exact) return;
+    uint32_t scale[4] = {};                                     // of the source rows lane, lane + 32, + 64, + 96
+    if (nv || mx) {
+      const Vec<uint32_t, 4> words = load_vec<4>(tile + kPackedScales + lane * 4);
+      const int byte = (nv ? at.row / 16 : at.row / 32) % 4;
+#pragma unroll
+      for (int k = 0; k < 4; k++) scale[k] = words.v[k] >> (8 * byte) & 0xff;
+    }
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+      const int c = lane + 32 * k;
+      const bool inside = at.col - column + c < x.operand.rows;
+      uint32_t a = 0x7e807e80u;                                 // 2^126, twice
+      float b = outer ? bits_float(tile[kPackedOuter + c]) : mx ? e8m0_decode((uint8_t)scale[k]) : x.tensor;
+      if (nv) {
+        const float e4m3 = bits_float(scale[k] << 20 & 0x07f00000u) * 0x1p119f * 0x1p119f;       // its bits lie 2^120 too low
+        a = float_bits(e4m3) | (scale[k] & 0x80) << 24;
+        if ((scale[k] & 0x7f) == 0x7f) a = 0x7fff0000u;
+        a |= a >> 16;
+        b *= 256;
+      }
+      all[packed_row(c, 1)] = inside ? a : 0;
+      all[kPackedFactors + packed_row(c, 1)] = inside ? float_bits(b) : 0;
+    }
+    __syncwarp();
+  }
+  __device__ __forceinline__ int row(int i) const { return at.row + i * S::kDown; }
+  __device__ __forceinline__ void start() {}
+  // The codes of rows i and i + 1 (i even): 4 bits in each half of a word.
+  __device__ __forceinline__ uint32_t two_codes(int j, int i) const {
+    const uint32_t* from = codes + packed_row(j, 8);
+    if (S::kDown == 4) return from[i / 2];
+    const Vec<uint32_t, 2> eight = *(const Vec<uint32_t, 2>*)from;
+    return at.row & 4 ? eight.v[0] >> 16 | (eight.v[1] & 0xffff0000u) : (eight.v[0] & 0xffffu) | eight.v[1] << 16;
+  }
+  __device__ __forceinline__ uint32_t first(int j) const { return factors[packed_row(j, 1)]; }
+  __device__ __forceinline__ float second(int j) const { return bits_float(factors[kPackedFactors + packed_row(j, 1)]); }
+  // Four words of a thread's own, where row i leaves the elements of row i + 1.
+  __device__ __forceinline__ uint32_t* own(int four) const {
+    const int at = four < 4 ? four / 2 * kPackedTile + kPackedFree + four % 2 * (4 * kStripThreads)
+                            : kTiles * kPackedTile + kStripThreads / 32 * 2 * kPackedFactors + (four - 4) * (4 * kStripThreads);
+    return shared + at + threadIdx.x * 4;
+  }
+  // Rows come in order, or from 0 on again.
+  __device__ __forceinline__ void load(RowPart<S>& v, int i) {
+    if (row(i) >= x.operand.cols) {
+#pragma unroll
+      for (int j = 0; j < S::kUnit; j++) v[0][j] = 0;
+    } else if (x.fp4()) {
+      const int shift = 12 - 4 * (at.row % 4);
+#pragma unroll
+      for (int four = 0; four < S::kUnit / 4; four++) {
+        Vec<uint32_t, 4> two;                                   // the products of rows i and i + 1, in the halves of a word
+        if (i % 2 == 0) {
+#pragma unroll
+          for (int k = 0; k < 4; k++) {
+            const uint32_t up = two_codes(4 * four + k, i) << shift;
+            two.v[k] = mul_bf16x2((up & 0x80008000u) | (up >> 6 & 0x01c001c0u), first(4 * four + k));
+            v[0][4 * four + k] = bits_float(two.v[k] << 16) * second(4 * four + k);
+          }
+          store_vec(own(four), two);
+        } else {
+          two = load_vec<4>(own(four));
+#pragma unroll
+          for (int k = 0; k < 4; k++) v[0][4 * four + k] = bits_float(two.v[k] & 0xffff0000u) * second(4 * four + k);
+        }
+      }
+      if (x.how.format == Format::mxfp4 && x.tensor != 1) {
+#pragma unroll
+        for (int j = 0; j < S::kUnit; j++) v[0][j] *= x.tensor;
+      }
+    } else if (x.how.format == Format::exact) {
+#pragma unroll
+      for (int j = 0; j < S::kUnit; j++) v[0][j] = x.at(at.col + j, row(i));
+    } else {
+      const bool e5m2 = x.how.format == Format::fp8_e5m2;
+#pragma unroll
+      for (int j = 0; j < S::kUnit; j++) {
+        const uint8_t code = ((const uint8_t*)(codes + packed_row(j, 16)))[row(i) % 64];
+        v[0][j] = (e5m2 ? e5m2_decode(code) : e4m3_decode(code)) * second(j);
+      }
+    }
+  }
+};
+
 // Calls use(rows) for the strips of this thread (warp). The column copy's blocks stay, and fetch the tile of their next unit while they use one.
 template <class S, bool kTranspose, class Source, class Use>
 __device__ __forceinline__ void for_each_strip(const Source& x, int rows_covered, int cols_covered, typename Source::Element* shared, Use use) {
   using E = typename Source::Element;
   const unsigned units = strip_units<S, kTranspose>(rows_covered, cols_covered), stride = S::kWarp ? gridDim.x : gridDim.x * blockDim.x;
-  constexpr bool kShared = kTranspose && S::kWarp, kAhead = kShared && sizeof(E) == 2;
+  constexpr bool kShared = kTranspose && S::kWarp, kAhead = kShared && fetched_ahead<Source>();
   unsigned unit = own_unit<S>();
   auto place = [&](unsigned u) { return strip_place<S, kTranspose>(u, rows_covered, cols_covered); };
   if constexpr (kAhead) {
@@ -366,8 +513,8 @@ __device__ __forceinline__ void for_each_strip(const Source& x, int rows_covered
     const StripPlace at = place(unit);
     E* tile = shared;
     if constexpr (kAhead) {
-      tile += turn % kTiles * tile_elements<E>();
-      if (unit + stride < units) fetch_tile<S>(shared + (turn + 1) % kTiles * tile_elements<E>(), x, place(unit + stride));
+      tile += turn % kTiles * source_tile<Source>();
+      if (unit + stride < units) fetch_tile<S>(shared + (turn + 1) % kTiles * source_tile<Source>(), x, place(unit + stride));
       cp_async_commit();
       cp_async_wait<1>();
       __syncthreads();
@@ -376,8 +523,13 @@ __device__ __forceinline__ void for_each_strip(const Source& x, int rows_covered
       __syncthreads();
     }
     if (at.inside) {                                             // whole warps
-      StripRows<S, kTranspose, Source> rows(x, at, tile);
-      use(rows);
+      if constexpr (kShared && !Source::kRowCopy) {
+        PackedRows<S> rows(x, at, tile, shared);
+        use(rows);
+      } else {
+        StripRows<S, kTranspose, Source> rows(x, at, tile);
+        use(rows);
+      }
     }
     if constexpr (kShared) __syncthreads();                      // the tile is used up
   }
