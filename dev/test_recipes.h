@@ -524,6 +524,7 @@ inline void test_packed_sources() {
     for (const char* text : {"nvfp4 rounding=eden16 rht=128 signs=fresh", "nvfp4 outer=1x128 rounding=stochastic rht=16 signs=fresh", "nvfp4 blocks=16x16", "mxfp4 scale=range34", "fp4_vector", "exact"})
       for (auto [src_rows, cols] : {std::pair(37, 300), std::pair(150, 66), std::pair(400, 290)})
         for (int kind = 0; kind < 3; kind++) {               // what the quantizer wrote, other numbers, NaN and infinity too
+          if (src_rows == 400 && kind != 1) continue;
           const OperandRecipe o = operand_of(text), from_how = operand_of(from_text);
           if (from_how.format == Format::exact && kind) continue;
           OperandOnDevice from(from_how, src_rows, cols, true, from_how.format == Format::exact);

@@ -282,7 +282,7 @@ template <class E> __host__ __device__ constexpr int tile_elements() { return ti
 // A packed operand's tile, in words: the codes, 128 source rows of 32 bytes (FP8: 64), as much out of step; 512 bytes of scales as they lie in memory;
 // the outer scales of the rows. And what each warp makes of the scales: two factors for a source row (PackedRows). Half of the room for codes is left where
 // they are FP4: there each thread keeps 16 words of its own.
-__host__ __device__ constexpr int packed_row(int column, int words) { return column * words + column / 16 * 4; }
+__host__ __device__ constexpr int packed_row(unsigned column, int words) { return (int)column * words + (int)(column / 16) * 4; }
 constexpr int kPackedScales = packed_row(128, 16), kPackedOuter = kPackedScales + 128, kPackedTile = kPackedOuter + 128;
 constexpr int kPackedFactors = packed_row(128, 1), kPackedFree = packed_row(128, 8);
 
@@ -318,7 +318,7 @@ template <class S, class Source> __device__ __forceinline__ void fetch_tile(type
 // The same from a packed operand, all of it behind the thread's back. Copies of 16 bytes lie within a row: ld is a multiple of 32.
 template <int kCodes> __device__ __forceinline__ void fetch_codes(uint32_t* tile, const Operand4& p, int first_row, int first_col) {
   constexpr int kCopies = 64 / kCodes;                                             // of a row of the tile: kCodes codes each
-  const int row = threadIdx.x / kCopies, part = threadIdx.x % kCopies, r = first_row + part * kCodes;
+  const int row = (int)(threadIdx.x / kCopies), part = (int)(threadIdx.x % kCopies), r = first_row + part * kCodes;
   const uint8_t* from = p.codes + ((size_t)(first_col + row) * p.ld + r) * 16 / kCodes;
 #pragma unroll
   for (int k = 0; k < kCopies; k++) {
@@ -329,7 +329,7 @@ template <int kCodes> __device__ __forceinline__ void fetch_codes(uint32_t* tile
   }
 }
 template <class S> __device__ __forceinline__ void fetch_tile(uint32_t* tile, const Packed& x, StripPlace at) {
-  const int first_row = at.row / 64 * 64, first_col = at.col / 128 * 128;          // of the operand: columns and rows of the source
+  const int first_row = at.row & ~63, first_col = at.col & ~127;                   // of the operand: columns and rows of the source
   const Operand4& p = x.operand;
   const Format format = x.how.format;
   if (format == Format::exact) return;
@@ -338,14 +338,14 @@ template <class S> __device__ __forceinline__ void fetch_tile(uint32_t* tile, co
   else fetch_codes<16>(tile, p, first_row, first_col);
   const bool there = first_col < p.rows && first_row < p.cols;
   if ((format == Format::nvfp4 || is_mx(format)) && threadIdx.x < 32) {            // a tile of 128x4
-    const int unit = is_mx(format) ? 32 : 16;
-    const size_t from = scale_offset(first_col, first_row / unit / 4 * 4, ceil_div(p.cols, unit));
-    cp_async<16>(tile + kPackedScales + threadIdx.x * 4, there ? p.scales + from + threadIdx.x * 16 : p.scales, there);
+    const unsigned shift = is_mx(format) ? 7 : 6, across = ((unsigned)p.cols + (1u << shift) - 1) >> shift;   // as in scale_offset()
+    const size_t from = ((size_t)((unsigned)first_col >> 7) * across + ((unsigned)first_row >> shift)) * 512 + threadIdx.x * 16;
+    cp_async<16>(tile + kPackedScales + threadIdx.x * 4, there ? p.scales + from : p.scales, there);
   }
   if (wide || format == Format::fp4_vector) {
     const int c = first_col + (int)threadIdx.x;
     const bool inside = there && c < p.rows;
-    const size_t from = wide ? (size_t)c * ceil_div(p.cols, 128) + first_row / 128 : (size_t)c;
+    const size_t from = wide ? (size_t)c * ceil_div((unsigned)p.cols, 128u) + (unsigned)first_row / 128 : (size_t)c;
     cp_async<4>(tile + kPackedOuter + threadIdx.x, inside ? p.outer + from : p.outer, inside);
   }
 }
@@ -407,18 +407,18 @@ template <class S> struct PackedRows {
   __device__ __forceinline__ PackedRows(const Packed& source, StripPlace place, const uint32_t* tile, uint32_t* shared_memory)
       : x(source), at(place), shared(shared_memory) {
     uint32_t* all = shared + kTiles * kPackedTile + threadIdx.x / 32 * 2 * kPackedFactors;
-    const int column = at.col % 128, lane = threadIdx.x % 32;
+    const int column = at.col & 127, lane = (int)(threadIdx.x % 32), to = packed_row(lane, 1);
     const bool fp4 = x.fp4(), nv = x.how.format == Format::nvfp4, mx = is_mx(x.how.format);
     const bool wide = nv && x.how.outer == Outer::b1x128, outer = wide || x.how.format == Format::fp4_vector;
-    codes = fp4 ? tile + packed_row(column, 8) + at.row % 64 / 16 * 2 : tile + packed_row(column, 16);
+    codes = fp4 ? tile + packed_row(column, 8) + (at.row & 48) / 8 : tile + packed_row(column, 16);
     factors = all + packed_row(column, 1);
     if (x.how.format == Format::exact) return;
     uint32_t scale[4] = {};                                     // of the source rows lane, lane + 32, + 64, + 96
     if (nv || mx) {
       const Vec<uint32_t, 4> words = load_vec<4>(tile + kPackedScales + lane * 4);
-      const int byte = (nv ? at.row / 16 : at.row / 32) % 4;
+      const unsigned bit = ((unsigned)at.row >> (nv ? 4 : 5) & 3) * 8;
 #pragma unroll
-      for (int k = 0; k < 4; k++) scale[k] = words.v[k] >> (8 * byte) & 0xff;
+      for (int k = 0; k < 4; k++) scale[k] = words.v[k] >> bit & 0xff;
     }
 #pragma unroll
     for (int k = 0; k < 4; k++) {
@@ -433,8 +433,8 @@ template <class S> struct PackedRows {
         a |= a >> 16;
         b *= 256;
       }
-      all[packed_row(c, 1)] = inside ? a : 0;
-      all[kPackedFactors + packed_row(c, 1)] = inside ? float_bits(b) : 0;
+      all[to + packed_row(32 * k, 1)] = inside ? a : 0;
+      all[kPackedFactors + to + packed_row(32 * k, 1)] = inside ? float_bits(b) : 0;
     }
     __syncwarp();
   }
@@ -447,8 +447,9 @@ template <class S> struct PackedRows {
     const Vec<uint32_t, 2> eight = *(const Vec<uint32_t, 2>*)from;
     return at.row & 4 ? eight.v[0] >> 16 | (eight.v[1] & 0xffff0000u) : (eight.v[0] & 0xffffu) | eight.v[1] << 16;
   }
-  __device__ __forceinline__ uint32_t first(int j) const { return factors[packed_row(j, 1)]; }
-  __device__ __forceinline__ float second(int j) const { return bits_float(factors[kPackedFactors + packed_row(j, 1)]); }
+  // The factors of 4 source rows.
+  __device__ __forceinline__ Vec<uint32_t, 4> first(int four) const { return load_vec<4>(factors + packed_row(4 * four, 1)); }
+  __device__ __forceinline__ Vec<float, 4> second(int four) const { return load_vec<4>((const float*)factors + kPackedFactors + packed_row(4 * four, 1)); }
   // Four words of a thread's own, where row i leaves the elements of row i + 1.
   __device__ __forceinline__ uint32_t* own(int four) const {
     const int at = four < 4 ? four / 2 * kPackedTile + kPackedFree + four % 2 * (4 * kStripThreads)
@@ -461,22 +462,24 @@ template <class S> struct PackedRows {
 #pragma unroll
       for (int j = 0; j < S::kUnit; j++) v[0][j] = 0;
     } else if (x.fp4()) {
-      const int shift = 12 - 4 * (at.row % 4);
+      const uint32_t up_by = 0x1000u >> (at.row & 3) * 4;       // a multiplication: the units that shift are busier
 #pragma unroll
       for (int four = 0; four < S::kUnit / 4; four++) {
+        const Vec<float, 4> last = second(four);
         Vec<uint32_t, 4> two;                                   // the products of rows i and i + 1, in the halves of a word
         if (i % 2 == 0) {
+          const Vec<uint32_t, 4> block = first(four);
 #pragma unroll
           for (int k = 0; k < 4; k++) {
-            const uint32_t up = two_codes(4 * four + k, i) << shift;
-            two.v[k] = mul_bf16x2((up & 0x80008000u) | (up >> 6 & 0x01c001c0u), first(4 * four + k));
-            v[0][4 * four + k] = bits_float(two.v[k] << 16) * second(4 * four + k);
+            const uint32_t up = two_codes(4 * four + k, i) * up_by;
+            two.v[k] = mul_bf16x2((up & 0x80008000u) | (up >> 6 & 0x01c001c0u), block.v[k]);
+            v[0][4 * four + k] = bits_float(two.v[k] << 16) * last.v[k];
           }
           store_vec(own(four), two);
         } else {
           two = load_vec<4>(own(four));
 #pragma unroll
-          for (int k = 0; k < 4; k++) v[0][4 * four + k] = bits_float(two.v[k] & 0xffff0000u) * second(4 * four + k);
+          for (int k = 0; k < 4; k++) v[0][4 * four + k] = bits_float(two.v[k] & 0xffff0000u) * last.v[k];
         }
       }
       if (x.how.format == Format::mxfp4 && x.tensor != 1) {
@@ -490,8 +493,8 @@ template <class S> struct PackedRows {
       const bool e5m2 = x.how.format == Format::fp8_e5m2;
 #pragma unroll
       for (int j = 0; j < S::kUnit; j++) {
-        const uint8_t code = ((const uint8_t*)(codes + packed_row(j, 16)))[row(i) % 64];
-        v[0][j] = (e5m2 ? e5m2_decode(code) : e4m3_decode(code)) * second(j);
+        const uint8_t code = ((const uint8_t*)(codes + packed_row(j, 16)))[row(i) & 63];
+        v[0][j] = (e5m2 ? e5m2_decode(code) : e4m3_decode(code)) * second(j / 4).v[j % 4];
       }
     }
   }
@@ -1132,29 +1135,35 @@ __global__ void __launch_bounds__(kStripThreads, 6) plain_kernel(Operand4 out, c
   });
 }
 
-// The values that quantize() would have written beside these codes: without the scale of the tensor, which is alpha's. Padding is zeros. A thread 8.
+// The values that quantize() would have written beside these codes: without the scale of the tensor, which is alpha's. Padding is zeros. A thread 16,
+// which share their scales.
 __global__ void unpack_values_kernel(Operand4 p, OperandRecipe how) {
-  const unsigned i = blockIdx.x * blockDim.x + threadIdx.x, row = i / (p.ld / 8);
-  const int col = i % (p.ld / 8) * 8;
+  const unsigned i = blockIdx.x * blockDim.x + threadIdx.x, row = i / (p.ld / 16u);
+  const int col = (int)(i % (p.ld / 16u)) * 16;
   if (row >= (unsigned)p.rows) return;
   const size_t at = (size_t)row * p.ld + col;
   const bool fp8 = is_fp8(how.format) || how.format == Format::mxfp8;
-  ElementScale s = element_scale(p, how, row, col);
-  if (how.format != Format::fp4_vector && how.outer == Outer::tensor) s.outer = 1;
-  uint8_t codes[8];
-  if (fp8) memcpy(codes, p.codes + at, 8);
-  else for (int j = 0; j < 4; j++) { const uint8_t two = p.codes[at / 2 + j]; codes[2 * j] = two & 15; codes[2 * j + 1] = two >> 4; }
-  Vec<floatX, 8> out;
+  Vec<uint32_t, 4> codes;                                      // asked for before the scales are waited for
+  if (fp8) codes = load_vec<4>((const uint32_t*)(p.codes + at));
+  else { const Vec<uint32_t, 2> half = load_vec<2>((const uint32_t*)(p.codes + at / 2)); codes.v[0] = half.v[0]; codes.v[1] = half.v[1]; }
+  const ElementScale s = element_scale(p, how, (int)row, col, 1);
+  Vec<floatX, 16> out;
+  if (fp8) {
+    const bool e5m2 = how.format == Format::fp8_e5m2;
 #pragma unroll
-  for (int j = 0; j < 8; j++) {
-    const float code = how.format == Format::fp8_e5m2 ? e5m2_decode(codes[j]) : fp8 ? e4m3_decode(codes[j]) : e2m1_decode(codes[j]);
-    out.v[j] = from_float<floatX>(code * s.block * s.outer);
+    for (int j = 0; j < 16; j++) {
+      const uint8_t byte = (uint8_t)(codes.v[j / 4] >> (8 * (j % 4)));
+      out.v[j] = from_float<floatX>((e5m2 ? e5m2_decode(byte) : e4m3_decode(byte)) * s.block * s.outer);
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < 16; j++) out.v[j] = from_float<floatX>(e2m1_decode((int)(codes.v[j / 8] >> (4 * (j % 8)) & 15)) * s.block * s.outer);
   }
   store_vec(p.values + at, out);
 }
 // p.values from the packed form, which `how` describes; p.values has the same ld.
 inline void unpack_values(const Operand4& p, const OperandRecipe& how) {
-  launch(unpack_values_kernel, ceil_div((unsigned)p.rows * (p.ld / 8), 256u), 256, 0, p, how);
+  launch(unpack_values_kernel, ceil_div((unsigned)p.rows * (p.ld / 16), 256u), 256, 0, p, how);
 }
 
 // ------------------------------------------------------------------ the host side
