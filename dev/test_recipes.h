@@ -493,20 +493,20 @@ template <bool kWarp> void packed_source_form(Mismatches& m, OperandOnDevice& fr
   all(got.codes, want.codes); all(got.scales, want.scales); all(got.outer, want.outer); all(got.mask, want.mask); all(got.values, want.values);
   m.add((got.tensor == want.tensor || (got.tensor != got.tensor && want.tensor != want.tensor)) && got.guards && want.guards, where, -1, got.tensor, want.tensor);
 }
-// Other codes and scales in the place of what a quantizer wrote. wild: also NaN and infinity.
+// Other codes and scales in the place of what a quantizer wrote, codes in the padding columns too. wild: also NaN and infinity.
 inline void scramble(OperandOnDevice& d, const OperandRecipe& o, bool wild, Rng& rng) {
   const Operand4& p = d.out;
   std::vector<uint8_t> codes = d.codes.host(), scales = d.scales.host();
   std::vector<float> outer = d.outer.host();
   const bool fp8 = is_fp8(o.format) || o.format == Format::mxfp8, mx = is_mx(o.format);
   for (int r = 0; r < p.rows; r++)
-    for (int c = 0; c < p.cols; c++) {
+    for (int c = 0; c < p.ld; c++) {
       const size_t at = (size_t)r * p.ld + c;
       const int code = (int)rng.below(256), finite = o.format == Format::fp8_e5m2 ? 0x7b : 0x7e;
       if (fp8) codes[at] = (uint8_t)(wild || (code & 0x7f) <= finite ? code : code & 0x80);
       else codes[at / 2] = (uint8_t)(c % 2 ? (codes[at / 2] & 15) | code << 4 : (codes[at / 2] & 0xf0) | (code & 15));
       const int unit = mx ? 32 : 16;
-      if ((mx || o.format == Format::nvfp4) && c % unit == 0) {
+      if ((mx || o.format == Format::nvfp4) && c % unit == 0 && c < p.cols) {
         const bool nan = wild && rng.below(64) == 0;
         scales[scale_offset(r, c / unit, ceil_div(p.cols, unit))] = (uint8_t)(mx ? (nan ? 255 : rng.below(3) ? 110 + rng.below(20) : rng.below(255)) : (nan ? 127 : rng.below(127)));
       }
@@ -524,7 +524,7 @@ inline void test_packed_sources() {
     for (const char* text : {"nvfp4 rounding=eden16 rht=128 signs=fresh", "nvfp4 outer=1x128 rounding=stochastic rht=16 signs=fresh", "nvfp4 blocks=16x16", "mxfp4 scale=range34", "fp4_vector", "exact"})
       for (auto [src_rows, cols] : {std::pair(37, 300), std::pair(150, 66), std::pair(400, 290)})
         for (int kind = 0; kind < 3; kind++) {               // what the quantizer wrote, other numbers, NaN and infinity too
-          if (src_rows == 400 && kind != 1) continue;
+          if (src_rows == 400 && (kind != 1 || (strcmp(text, "fp4_vector") && strncmp(text, "nvfp4 outer", 11)))) continue;
           const OperandRecipe o = operand_of(text), from_how = operand_of(from_text);
           if (from_how.format == Format::exact && kind) continue;
           OperandOnDevice from(from_how, src_rows, cols, true, from_how.format == Format::exact);
