@@ -304,7 +304,8 @@ __device__ __forceinline__ uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
   memcpy(&a, &x, 4);
   return a;
 #else
-  return to_bf16(bits_float(a << 16) * bits_float(b << 16)).bits | (uint32_t)to_bf16(bits_float(a & 0xffff0000u) * bits_float(b & 0xffff0000u)).bits << 16;
+  return to_bf16(bits_float(a << 16) * bits_float(b << 16)).bits |
+         (uint32_t)to_bf16(bits_float(a & 0xffff0000u) * bits_float(b & 0xffff0000u)).bits << 16;
 #endif
 }
 // Two floats rounded to bf16 (to nearest even) in one register, the first in the lower half.

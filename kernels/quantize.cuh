@@ -255,7 +255,9 @@ struct Packed {
     float v[kN];
     __device__ __forceinline__ float operator[](int j) const { return v[j]; }
   };
-  __device__ __forceinline__ bool fp4() const { return how.format == Format::nvfp4 || how.format == Format::mxfp4 || how.format == Format::fp4_vector; }
+  __device__ __forceinline__ bool fp4() const {
+    return how.format == Format::nvfp4 || how.format == Format::mxfp4 || how.format == Format::fp4_vector;
+  }
   template <int kN> __device__ __forceinline__ Run<kN> run(int r, int c) const {
     Run<kN> v;
     if (fp4() && r < operand.rows && c + kN <= operand.cols) {
@@ -279,16 +281,18 @@ constexpr int kTileColumns = 64;
 template <class E> __host__ __device__ constexpr int tile_offset(int column) { return column * kTileColumns + column / 16 * (int)(16 / sizeof(E)); }
 template <class E> __host__ __device__ constexpr int tile_elements() { return tile_offset<E>(128); }
 
-// A packed operand's tile, in words: the codes, 128 source rows of 32 bytes (FP8: 64), as much out of step; 512 bytes of scales as they lie in memory;
-// the outer scales of the rows. And what each warp makes of the scales: two factors for a source row (PackedRows). Half of the room for codes is left where
-// they are FP4: there each thread keeps 16 words of its own.
+// A packed operand's tile, in words: the codes, 128 source rows of 32 bytes (FP8: 64), as much out of step; 512 bytes of scales as they lie in
+// memory; the outer scales of the rows. And what each warp makes of the scales: two factors for a source row (PackedRows). Half of the room for codes
+// is left where they are FP4: there each thread keeps 16 words of its own.
 __host__ __device__ constexpr int packed_row(unsigned column, int words) { return (int)column * words + (int)(column / 16) * 4; }
 constexpr int kPackedScales = packed_row(128, 16), kPackedOuter = kPackedScales + 128, kPackedTile = kPackedOuter + 128;
 constexpr int kPackedFactors = packed_row(128, 1), kPackedFree = packed_row(128, 8);
 
 constexpr int kTiles = 2;                                     // that a block has in shared memory, one of them on its way
 template <class Source> __host__ __device__ constexpr bool fetched_ahead() { return !Source::kRowCopy || sizeof(typename Source::Element) == 2; }
-template <class Source> __host__ __device__ constexpr int source_tile() { return Source::kRowCopy ? tile_elements<typename Source::Element>() : kPackedTile; }
+template <class Source> __host__ __device__ constexpr int source_tile() {
+  return Source::kRowCopy ? tile_elements<typename Source::Element>() : kPackedTile;
+}
 template <class S, bool kTranspose, class Source> __host__ __device__ constexpr int shared_elements() {
   const int more = Source::kRowCopy ? 0 : kStripThreads / 32 * 2 * kPackedFactors + kStripThreads * (S::kUnit - 16);
   return !kTranspose || !S::kWarp ? 1 : (fetched_ahead<Source>() ? kTiles : 1) * source_tile<Source>() + more;
@@ -394,11 +398,12 @@ template <class S, bool kTranspose, class Source> struct StripRows {
   }
 };
 
-// The same, on a GPU, for the column copy of a packed operand. The 16 columns of the source that are the rows of a strip lie within one block, so that each
-// source row has two factors here: an element is (code * first) * second, then * last. A code is made a BF16 number by its place in the
-// word, which makes it 2^126 times too small; `first` is the block scale, too large by 2^118, so that their product is exact; `second` is the outer
-// scale, too large by the missing 2^8, which no outer scale is too large for. So this gives the bits of (code * block) * outer. MX: a power of two may be beyond
-// BF16's normal numbers: `first` is 2^126 alone, and `second` the block scale. Codes of two rows of the strip, kDown apart, are found at once.
+// The same, on a GPU, for the column copy of a packed operand. The 16 columns of the source that are the rows of a strip lie within one block, so
+// that each source row has two factors here: an element is (code * first) * second. A code becomes a BF16 number by its place in the word, 2^126
+// times too small; `first` is the block scale, too large by 2^118, so that their product is exact; `second` is the outer scale, too large by the
+// missing 2^8: outer scales end below 2^118. So this gives the bits of (code * block) * outer. MX: a power of two may be outside BF16's normal
+// numbers: `first` is 2^126 alone, `second` the block scale, and the scale of the tensor comes third. fp4_vector likewise, with its row's scale; FP8:
+// code * second. Codes of two rows of the strip, kDown apart, are decoded at once.
 template <class S> struct PackedRows {
   const Packed& x;
   StripPlace at;
@@ -449,7 +454,9 @@ template <class S> struct PackedRows {
   }
   // The factors of 4 source rows.
   __device__ __forceinline__ Vec<uint32_t, 4> first(int four) const { return load_vec<4>(factors + packed_row(4 * four, 1)); }
-  __device__ __forceinline__ Vec<float, 4> second(int four) const { return load_vec<4>((const float*)factors + kPackedFactors + packed_row(4 * four, 1)); }
+  __device__ __forceinline__ Vec<float, 4> second(int four) const {
+    return load_vec<4>((const float*)factors + kPackedFactors + packed_row(4 * four, 1));
+  }
   // Four words of a thread's own, where row i leaves the elements of row i + 1.
   __device__ __forceinline__ uint32_t* own(int four) const {
     const int at = four < 4 ? four / 2 * kPackedTile + kPackedFree + four % 2 * (4 * kStripThreads)
