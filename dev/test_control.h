@@ -468,18 +468,26 @@ inline void test_outlier_kernels() {
 }
 template <int kLanes> void test_occ_split() {
   Rng rng(41);
-  int wrong = 0, residual = 0;
+  int wrong = 0, wrong_rows = 0, residual = 0;
   double exact = 0;
-  for (int K : {1, 7, 128, 200, 1000}) for (double alpha : {0.5, 0.97, 0.99, 0.999}) {
+  for (int K : {1, 7, 128, 200, 640, 1000, 1792, 2304}) for (double alpha : {0.5, 0.97, 0.99, 0.999}) {
     const int T = 9;
     Floats x = normals(rng, (size_t)T * K);
     for (int i = 0; i < T * K; i += 5) x[i] *= 30;
     for (int i = 0; i < T * K; i += 9) x[i] = i % 2 ? 0.0f : -0.0f;
+    for (int i = 0; i < K; i++) { x[i] = 3; x[K + i] = i % 3 ? 1 : -1e30f; x[2 * K + i] *= std::exp2((float)(i % 60)); }      // rows far from Gaussian
     x = rounded_x(x);
     Device<floatX> dev_x(to_x(x)), clamped(x.size()), rest(x.size());
-    occ_split<kLanes>(clamped.p, rest.p, dev_x.p, T, K, (float)alpha);
+    Device<uint32_t> row_amax(T);
+    occ_split<kLanes>(clamped.p, rest.p, dev_x.p, T, K, (float)alpha, row_amax.p);
     const Floats c = from_x(clamped.get()), r = from_x(rest.get()), want = reference_control::clamp_rows(x, T, K, (float)alpha);
     wrong += differ(c, want);
+    const std::vector<uint32_t> most = row_amax.get();
+    for (int t = 0; t < T; t++) {
+      float m = 0;
+      for (int i = 0; i < K; i++) m = std::max(m, std::fabs(want[(size_t)t * K + i]));
+      wrong_rows += bits_float(most[t]) != m;
+    }
     for (size_t i = 0; i < x.size(); i++) {
       residual += r[i] != 0;
       const double e = std::fabs((double)c[i] + r[i] - x[i]) / (std::fabs(x[i]) + std::fabs(c[i]) + 1e-30);
@@ -487,6 +495,7 @@ template <int kLanes> void test_occ_split() {
     }
   }
   check("OCC clamps at the quantiles of the row, found by sorting" + std::string(kLanes == 1 ? "" : " (a warp a row)"), wrong == 0 && residual > 0, "%d differ", wrong);
+  check("and finds the largest of each clamped row", wrong_rows == 0, "%d differ", wrong_rows);
   check("clamped + residual is X, to the rounding of the residual", exact <= (sizeof(floatX) == 2 ? 0x1p-8 : 0x1p-23), "relative error %.1e", exact);
 }
 

@@ -214,14 +214,16 @@ inline void run_gemm(Gemm g, const ReadyOperand& a, const ReadyOperand& b, const
 }
 
 // ------------------------------------------------------------------ the layer
-// Y = X W^T + bias + residual. saved: where the operands for the backward pass are kept; null without a backward pass.
+// Y = X W^T + bias + residual. saved: where the operands for the backward pass are kept; null without a backward pass. rows_known: with a scale for
+// each row of X, s.tiles holds the largest of each already.
 inline void linear_forward(floatX* Y, const floatX* X, const floatX* W, int T, int K, int N, const Recipe& r, LinearKey key,
-                           const LinearScratch& s, LinearSaved* saved = nullptr, LinearEpilogue add = {}) {
+                           const LinearScratch& s, LinearSaved* saved = nullptr, LinearEpilogue add = {}, bool rows_known = false) {
   // Outlier control (outliers.cuh) works around this function: it hands in X clamped, or some columns of X and W, and adds the rest to Y.
   const GemmWay way = fp4_way_of(r.fprop.x, r.fprop.w, s.ways);
   const bool both = saves_xt(r, saved) && !saves_x(r) && share_amax(r.fprop.x, r.wgrad.x);
   if (both) amax_of_both(s.scalars + 3, saved->xt.amax, X, T, K, quantize_how(r.wgrad.x, xt_place(key), true));
-  const ReadyOperand x = prepare_operand(r.fprop.x, {kFpropX, kFpropX, key, way}, X, T, K, false, s, saved && saves_x(r) ? &saved->x : nullptr, both ? s.scalars + 3 : nullptr);
+  const ReadyOperand x = prepare_operand(r.fprop.x, {kFpropX, kFpropX, key, way}, X, T, K, false, s, saved && saves_x(r) ? &saved->x : nullptr,
+                                         both ? s.scalars + 3 : rows_known ? s.scalars : nullptr);
   const ReadyOperand w = prepare_operand(r.fprop.w, {kFpropW, kFpropX, key, way}, W, N, K, false, s, saved && saves_w(r) ? &saved->w : nullptr);
   Gemm g;
   g.M = T; g.N = N; g.K = K; g.D = Y; g.ldd = N; g.bias = add.bias; g.C = add.residual; g.accumulate = add.residual != nullptr;

@@ -14,11 +14,11 @@
 //             authors' code, so that a block holds columns of one size; without, both sets keep their order in memory.
 // OCC         Xc = clamp(X, q(1-a), q(a)), quantiles of each row (token); Y = quantized(Xc) W^T + (X - Xc) W^T, the second in BF16. About
 //             2 (1-a) of X - Xc is not zero: 2 % for a = .99. It is a dense GEMM here: right, not fast. The quantile is an element of the
-//             row (nearest rank), so that Xc is exact in BF16; torch.quantile interpolates between two.
+//             row (nearest rank), so that Xc is exact in BF16; torch.quantile interpolates between two. It is found by bisection.
 // Source      OutControl: TetraJet-v2, arXiv 2510.27527, and the authors' code. There x is quantized twice for the FP8 part of wgrad, and dgrad is
 //             one GEMM. OCC: Wang et al., arXiv 2501.17116, section 3.3.
-// Cost        OutControl: gathers X and W (4 bytes read and written an element), scatters dX and dW. OCC: reads X 17 times (from L1) and writes
-//             it twice, and one more GEMM of the layer's size in BF16.
+// Cost        OutControl: gathers X and W (4 bytes read and written an element), scatters dX and dW. OCC: reads X once or twice and
+//             writes it twice; about 45 operations an element; and one more GEMM of the layer's size in BF16.
 #pragma once
 #include <algorithm>
 #include <numeric>
@@ -120,33 +120,121 @@ __device__ inline float key_value(uint32_t key) {
   const uint32_t bits = key << (32 - kKeyBits);
   return bits_float(bits >> 31 ? bits & 0x7fffffffu : ~bits & ~(kKeyBits == 32 ? 0u : 0xffffu));
 }
-// The element of rank `rank` of a row (0: the smallest): bit by bit, the largest key that has at most `rank` keys below it.
-template <int kLanes> __device__ inline float row_rank(const floatX* row, int K, int rank) {
-  uint32_t key = 0;
-  for (int bit = kKeyBits - 1; bit >= 0; bit--) {
-    const uint32_t candidate = key | 1u << bit;
-    int below = 0;
-    for (int c = row_lane<kLanes>(); c < K; c += kLanes) below += order_key(to_float(row[c])) < candidate;
-    if ((int)lanes_sum<kLanes>((float)below) <= rank) key = candidate;       // K < 2^24: exact
-  }
-  return key_value(key);
+// The largest (the sum) of what the lanes of a row have.
+template <int kLanes> __device__ inline uint32_t lanes_most(uint32_t v) {
+#pragma unroll
+  for (int o = kLanes / 2; o > 0; o /= 2) v = max(v, __shfl_xor_sync(0xffffffffu, v, o));
+  return v;
 }
-template <int kLanes> __global__ void occ_split_kernel(floatX* clamped, floatX* residual, const floatX* x, int T, int K, int rank) {
+template <int kLanes> __device__ inline int lanes_count(int v) {
+#ifndef CPU_BUILD
+  if (kLanes == 32) return __reduce_add_sync(0xffffffffu, v);
+#endif
+  return (int)lanes_sum<kLanes>((float)v);                     // rows are shorter than 2^24: exact
+}
+// A row's keys: kHeld vectors of kVecX in the registers of each lane (in the places beyond the row: the largest key), or, with 0, read each time anew.
+template <int kLanes, int kHeld> struct RowKeys {
+  static constexpr uint32_t kLast = 0xffffffffu >> (32 - kKeyBits);
+  const floatX* row; int K;
+  uint32_t first = kLast, last = 0;                             // of the whole row
+  uint32_t held[kHeld ? kHeld * kVecX : 1];
+  __device__ __forceinline__ RowKeys(const floatX* row_, int K_) : row(row_), K(K_) {
+#pragma unroll
+    for (int i = 0; i < kHeld; i++) {
+      const int c = (i * kLanes + row_lane<kLanes>()) * kVecX;
+      Vec<floatX, kVecX> v = {};
+      if (c < K) v = load_vec<kVecX>(row + c);
+#pragma unroll
+      for (int j = 0; j < kVecX; j++) {
+        const uint32_t key = order_key(to_float(v.v[j]));
+        held[i * kVecX + j] = c < K ? key : kLast;
+        if (c < K) { first = min(first, key); last = max(last, key); }
+      }
+    }
+    if constexpr (kHeld == 0) each([&](uint32_t key) { first = min(first, key); last = max(last, key); });
+    first = kLast - lanes_most<kLanes>(kLast - first);
+    last = lanes_most<kLanes>(last);
+  }
+  template <class Use> __device__ __forceinline__ void each(Use use) const {
+    if constexpr (kHeld > 0) {
+#pragma unroll
+      for (int i = 0; i < kHeld * kVecX; i++) use(held[i]);
+    } else {
+      for (int c = row_lane<kLanes>(); c < K; c += kLanes) use(order_key(to_float(row[c])));
+    }
+  }
+  __device__ __forceinline__ int below(uint32_t key) const {
+    int n = 0;
+    each([&](uint32_t k) { n += kKeyBits == 16 ? (k - key) >> 31 : k < key; });            // the sign: two instructions, where a comparison takes three
+    return lanes_count<kLanes>(n);
+  }
+};
+// The element of rank `rank` (0: the smallest) is the largest key with at most `rank` keys below it. It lies in [low, high]; these close in.
+template <class Keys> __device__ inline uint32_t key_of_rank(const Keys& keys, int rank, uint32_t low, uint32_t high) {
+  while (low < high) {
+    const uint32_t middle = low + (high - low) / 2 + (high - low) % 2;
+    if (keys.below(middle) <= rank) low = middle; else high = middle - 1;
+  }
+  return low;
+}
+// The elements that have `beyond` others before them from either end of the row. They lie near the ends: there the search starts, with a step of one
+// binade that doubles. Some 9 readings of the keys for each, instead of one for every bit of a key.
+struct RowEnds { float low, high; };
+template <int kLanes, int kHeld> __device__ inline RowEnds row_ends(const floatX* row, int K, int beyond) {
+  const RowKeys<kLanes, kHeld> keys(row, K);
+  constexpr uint32_t kStep = 128u << (kKeyBits - 16), kLargestStep = 1u << (kKeyBits - 1);
+  auto doubled = [](uint32_t step) { return step < kLargestStep ? 2 * step : step; };
+  uint32_t low = keys.first, high = keys.last;
+  for (uint32_t step = kStep; high - low > step; step = doubled(step)) {
+    if (keys.below(low + step) > beyond) { high = low + step - 1; break; }
+    low += step;
+  }
+  const uint32_t lower = key_of_rank(keys, beyond, low, high);
+  low = lower, high = keys.last;
+  for (uint32_t step = kStep; high - low > step; step = doubled(step)) {
+    if (keys.below(high - step) <= K - 1 - beyond) { low = high - step; break; }
+    high -= step + 1;
+  }
+  return {key_value(lower), key_value(key_of_rank(keys, K - 1 - beyond, low, high))};
+}
+// A row to kLanes threads. row_amax: null, or max|clamped| of each row, as bits (a NaN counts as the largest).
+template <int kLanes, int kHeld, int kVec>
+__global__ void occ_split_kernel(floatX* clamped, floatX* residual, const floatX* x, uint32_t* row_amax, int T, int K, int rank) {
   const int t = row_index<kLanes>();
   if (t >= T) return;
   const floatX* row = x + (size_t)t * K;
-  const float low = row_rank<kLanes>(row, K, rank), high = row_rank<kLanes>(row, K, K - 1 - rank);
-  for (int c = row_lane<kLanes>(); c < K; c += kLanes) {
-    const float v = to_float(row[c]), inside = v < low ? low : v > high ? high : v;      // a NaN stays
-    clamped[(size_t)t * K + c] = from_float<floatX>(inside);
-    residual[(size_t)t * K + c] = from_float<floatX>(v - inside);
+  const RowEnds ends = row_ends<kLanes, kHeld>(row, K, rank);
+  uint32_t most = 0;
+  for (int c = row_lane<kLanes>() * kVec; c < K; c += kLanes * kVec) {
+    const Vec<floatX, kVec> v = load_vec<kVec>(row + c);
+    Vec<floatX, kVec> in, out;
+#pragma unroll
+    for (int j = 0; j < kVec; j++) {
+      const float value = to_float(v.v[j]), inside = value < ends.low ? ends.low : value > ends.high ? ends.high : value;      // a NaN stays
+      in.v[j] = from_float<floatX>(inside);
+      out.v[j] = from_float<floatX>(value - inside);
+      most = max(most, float_bits(inside) & 0x7fffffffu);
+    }
+    store_vec(clamped + (size_t)t * K + c, in);
+    store_vec(residual + (size_t)t * K + c, out);
   }
+  if (!row_amax) return;
+  most = lanes_most<kLanes>(most);
+  if (row_lane<kLanes>() == 0) row_amax[t] = most;
 }
 // How many elements of a row of K lie beyond each quantile.
 inline int occ_rank(int K, float alpha) { return min((int)lround((1 - (double)alpha) * (K - 1)), (K - 1) / 2); }
-// x [T,K] = clamped + residual (the residual rounded to floatX)
-template <int kLanes = kRowLanes> void occ_split(floatX* clamped, floatX* residual, const floatX* x, int T, int K, float alpha) {
-  launch(occ_split_kernel<kLanes>, row_grid(T), row_block<kLanes>(), 0, clamped, residual, x, T, K, occ_rank(K, alpha));
+// x [T,K] = clamped + residual (the residual rounded to floatX). kHeld: the first form tried; a row of up to 8 vectors a lane is read once.
+constexpr int kMostHeld = 8;
+template <int kLanes = kRowLanes, int kHeld = 1>
+void occ_split(floatX* clamped, floatX* residual, const floatX* x, int T, int K, float alpha, uint32_t* row_amax = nullptr) {
+  auto go = [&](auto kernel) { launch(kernel, row_grid(T), row_block<kLanes>(), 0, clamped, residual, x, row_amax, T, K, occ_rank(K, alpha)); };
+  if constexpr (kLanes > 1) {
+    if (K % kVecX == 0 && K <= kHeld * kLanes * kVecX) return go(occ_split_kernel<kLanes, kHeld, kVecX>);
+    if constexpr (kHeld < kMostHeld) { if (K % kVecX == 0) return occ_split<kLanes, kHeld + 1>(clamped, residual, x, T, K, alpha, row_amax); }
+    if (K % kVecX == 0) return go(occ_split_kernel<kLanes, 0, kVecX>);
+  }
+  go(occ_split_kernel<kLanes, 0, 1>);
 }
 
 // ------------------------------------------------------------------ rows derived from a row
@@ -226,10 +314,11 @@ inline void linear_forward(const LayerControl& how, floatX* Y, const floatX* X, 
     forward_columns(o.y, X, W, T, K, N, outlier_row(r), key, s, nullptr, how, how.split->columns + fp4, fp8, {});
     return add_to(Y, o.y, (size_t)T * N);
   }
-  if (how.occ) occ_split(o.x, o.y, X, T, K, r.occ);
+  const bool rows_known = how.occ && !how.toward.average && r.fprop.x.format == Format::fp4_vector && r.fprop.x.rht == 0;
+  if (how.occ) occ_split(o.x, o.y, X, T, K, r.occ, rows_known ? s.tiles : nullptr);
   const floatX* x = how.occ ? o.x : X;
   if (how.toward.average) linear_forward_toward(Y, x, W, T, K, N, r, key, s, saved, how.toward, add);
-  else linear_forward(Y, x, W, T, K, N, r, key, s, saved, add);
+  else linear_forward(Y, x, W, T, K, N, r, key, s, saved, add, rows_known);
   if (how.occ) add_product(Y, T, N, K, o.y, K, false, W, K, false, false);          // Y += (X - Xc) W^T
 }
 
@@ -284,15 +373,16 @@ inline void linear_backward(const LayerControl& how, floatX* dX, float* dW, cons
                             from_forward_pass(r.dgrad.w));
   }
   LinearSaved again;
+  const bool split_again = saved && saved->again && saves_x(r);
   if (saved && saved->again) {
-    if (how.occ) occ_split(o.x, o.y, X, T, K, r.occ);
+    if (how.occ && split_again) occ_split(o.x, o.y, X, T, K, r.occ);
     again = *saved;
     save_again(how.occ ? o.x : X, W, T, K, N, r, key, s, &again, how, nullptr, K);
     saved = &again;
   }
   linear_backward(dX, dW, dY, X, W, T, K, N, r, key, s, saved);
   if (how.occ && !keeps_x(r)) {                           // wgrad took the clamped X that was saved: dW += dY^T (X - Xc)
-    occ_split(o.x, o.y, X, T, K, r.occ);
+    if (!split_again) occ_split(o.x, o.y, X, T, K, r.occ);
     add_product(dW, N, K, T, dY, N, true, o.y, K, true, true);
   }
 }
