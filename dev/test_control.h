@@ -428,6 +428,28 @@ inline void test_oscillation_kernels() {
 }
 
 // ------------------------------------------------------------------ the pieces of outliers.cuh
+// Both sets of columns at once. Widths with and without whole vectors; strides larger than the sets; rows that do not fill a block.
+template <bool kShared> void test_column_sets() {
+  Rng rng(37);
+  int wrong = 0, not_back = 0, touched = 0;
+  for (int K : {160, 320, 100, 6000}) for (int second : {32, K / 2 / 8 * 8, 5}) for (int wider : {0, 8, 3}) {
+    const int rows = K > 1000 ? 5 : 43, n = K - second, ld[2] = {n + wider, second + wider};
+    const Floats x = rounded_x(normals(rng, (size_t)rows * K));
+    std::vector<int> order(K);
+    for (int i = 0; i < K; i++) order[i] = i;
+    for (int i = K - 1; i > 0; i--) std::swap(order[i], order[rng.below(i + 1)]);
+    Device<int> columns(order);
+    Device<floatX> dev_x(to_x(x)), a(to_x(Floats((size_t)rows * ld[0], 7))), b(to_x(Floats((size_t)rows * ld[1], 7))), back((size_t)rows * K);
+    const ColumnSets<floatX> sets = {a.p, b.p, n, ld[0], ld[1]};
+    split_columns<kShared>(sets, dev_x.p, columns.p, rows, K);
+    const Floats got[2] = {from_x(a.get()), from_x(b.get())};
+    for (int r = 0; r < rows; r++) for (int i = 0; i < K; i++) wrong += got[i >= n][(size_t)r * ld[i >= n] + (i >= n ? i - n : i)] != x[(size_t)r * K + order[i]];
+    for (int set = 0; set < 2; set++) for (int r = 0; r < rows; r++) for (int i = 0; i < wider; i++) touched += got[set][(size_t)(r + 1) * ld[set] - 1 - i] != 7;
+    join_columns<kShared>(back.p, sets, columns.p, rows, K);
+    not_back += differ(from_x(back.get()), x);
+  }
+  check(std::string("two sets of columns apart, and joined again") + (kShared ? " (through shared memory)" : ""), wrong == 0 && not_back == 0 && touched == 0, "%d differ, %d after joining, %d written beside", wrong, not_back, touched);
+}
 inline void test_outlier_kernels() {
   Rng rng(31);
   const int T = 150, K = 300;
@@ -465,6 +487,8 @@ inline void test_outlier_kernels() {
   gather_columns(gathered.p, dev_x.p, columns.p + K - 20, T, 20, K);
   scatter_columns(back.p, gathered.p, columns.p + K - 20, T, 20, K);
   check("columns gathered and scattered again are the matrix", wrong == 0 && differ(from_x(back.get()), x) == 0);
+  test_column_sets<!kOnCpu>();
+  if (kOnCpu) test_column_sets<true>();
 }
 template <int kLanes> void test_occ_split() {
   Rng rng(41);

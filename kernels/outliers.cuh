@@ -103,11 +103,56 @@ inline void scatter_add_columns(float* out, const float* x, const int* columns, 
   const size_t total = (size_t)rows * n;
   if (total) launch(scatter_columns_kernel<true, float>, flat_grid(total, 1), kFlatThreads, 0, out, x, columns, total, n, ld);
 }
-__global__ void add_kernel(floatX* out, const floatX* x, size_t n) {
-  const size_t begin = flat_begin<1>(), end = min(begin + kFlatRun, n);
-  for (size_t i = begin; i < end; i++) out[i] = from_float<floatX>(to_float(out[i]) + to_float(x[i]));
+// Both sets of columns at once: x [rows, K] to first [rows, n] and second [rows, K - n], which are x[:, columns], cut behind n; and back again. A
+// block takes some whole rows through shared memory (the CPU: straight), so that whatever the order, memory is read and written 16 bytes a thread.
+// ld: of first and second.
+template <class T> struct ColumnSets { T *first, *second; int n, ld_first, ld_second; };
+template <class T> __device__ __forceinline__ T* column_in(const ColumnSets<T>& to, size_t row, int c) {
+  return c < to.n ? to.first + row * to.ld_first + c : to.second + row * to.ld_second + c - to.n;
 }
-inline void add_to(floatX* out, const floatX* x, size_t n) { if (n) launch(add_kernel, flat_grid(n, 1), kFlatThreads, 0, out, x, n); }
+template <bool kShared, int kVec, bool kJoin, class T>
+__global__ void split_columns_kernel(ColumnSets<T> sets, T* x, const int* columns, int rows, int K, int rows_per_block) {
+  DYNAMIC_SHARED(T, tile);
+  const int first_row = blockIdx.x * rows_per_block, vectors = K / kVec, count = min(rows_per_block, rows - first_row) * vectors;
+  T *const here = x + (size_t)first_row * K, *const part = kShared ? tile : here;
+  if constexpr (kShared && !kJoin) {
+    for (int i = threadIdx.x; i < count; i += blockDim.x) {
+      if constexpr (kVec * sizeof(T) == 16) cp_async<16>(tile + i * kVec, here + i * kVec, true);
+      else tile[i] = here[i];
+    }
+    cp_async_commit();
+    cp_async_wait<0>();
+    __syncthreads();
+  }
+  for (int i = threadIdx.x; i < count; i += blockDim.x) {
+    const int r = i / vectors, c = i % vectors * kVec;
+    T *const one = column_in(sets, first_row + r, c), *const row = part + r * K;
+    const Vec<int, kVec> at = load_vec<kVec>(columns + c);
+    Vec<T, kVec> v;
+    if (kJoin) v = load_vec<kVec>(one);
+#pragma unroll
+    for (int j = 0; j < kVec; j++) if (kJoin) row[at.v[j]] = v.v[j]; else v.v[j] = row[at.v[j]];
+    if (!kJoin) store_vec(one, v);
+  }
+  if constexpr (kShared && kJoin) {
+    __syncthreads();
+    for (int i = threadIdx.x; i < count; i += blockDim.x) store_vec(here + i * kVec, load_vec<kVec>(tile + i * kVec));
+  }
+}
+template <bool kJoin, bool kShared, class T> void launch_split_columns(const ColumnSets<T>& sets, T* x, const int* columns, int rows, int K) {
+  constexpr int kVec = kShared ? 16 / sizeof(T) : 1, kTile = 20 << 10;                        // bytes
+  const int per_block = kShared ? max(1, min(16, kTile / (int)(K * sizeof(T)))) : 8;
+  const size_t shared = kShared ? (size_t)per_block * K * sizeof(T) : 0;
+  const bool vectors = K % kVec == 0 && sets.n % kVec == 0 && sets.ld_first % kVec == 0 && sets.ld_second % kVec == 0;
+  launch(vectors ? split_columns_kernel<kShared, kVec, kJoin, T> : split_columns_kernel<kShared, 1, kJoin, T>, ceil_div(rows, per_block),
+         kShared ? 256 : 8, shared, sets, x, columns, rows, K, per_block);
+}
+template <bool kShared = !kOnCpu, class T> void split_columns(const ColumnSets<T>& to, const T* x, const int* columns, int rows, int K) {
+  launch_split_columns<false, kShared>(to, const_cast<T*>(x), columns, rows, K);              // read only
+}
+template <bool kShared = !kOnCpu, class T> void join_columns(T* x, const ColumnSets<T>& from, const int* columns, int rows, int K) {
+  launch_split_columns<true, kShared>(from, x, columns, rows, K);
+}
 
 // ------------------------------------------------------------------ OCC: clamping by quantiles of the row
 // Floats as unsigned integers of the same order; a BF16 value has only 16 bits to tell.
@@ -268,7 +313,7 @@ inline Recipe outlier_row(Recipe r) {
 // OutControl of one layer. columns: [K], the FP4 channels, then the FP8 channels; sums: [K], norms summed over steps.
 struct OutlierLayer { int K = 0, fp8 = 0; int* columns = nullptr; float* sums = nullptr; };
 struct OutlierScratch {
-  floatX *x = nullptr, *w = nullptr, *y = nullptr;     // (T,K) (N,K) (T, larger of N and K); OCC: x and y of (T,K)
+  floatX *x = nullptr, *w = nullptr, *y = nullptr;     // (T,K) (N,K) (T,K); OCC: x and y
   float *dw = nullptr, *norms = nullptr, *average = nullptr;      // (N,K), column_norms_scratch(K); Q-EMA: (N,K)
 };
 // How a layer is run: what surrounds linear_forward and linear_backward.
@@ -281,16 +326,10 @@ struct LayerControl {
 };
 constexpr uint32_t kOutlierLayers = 1 << 20;           // added to the layer's number: B draws other random numbers than A
 
-inline void forward_columns(floatX* Y, const floatX* X, const floatX* W, int T, int K, int N, const Recipe& r, LinearKey key,
-                            const LinearScratch& s, LinearSaved* saved, const LayerControl& how, const int* columns, int n,
-                            LinearEpilogue add) {
-  const OutlierScratch& o = how.scratch;
-  gather_columns(o.x, X, columns, T, n, K);
-  gather_columns(o.w, W, columns, N, n, K);
-  if (how.toward.average && is_fp4(r.fprop.w.format)) {
-    gather_columns(o.average, how.toward.average, columns, N, n, K);
-    linear_forward_toward(Y, o.x, o.w, T, n, N, r, key, s, saved, {o.average, how.toward.packed}, add);
-  } else linear_forward(Y, o.x, o.w, T, n, N, r, key, s, saved, add);
+// The two sets of columns of a matrix of `rows` rows in scratch memory: the FP8 columns in front, whose number is a multiple of 32: all is aligned.
+inline ColumnSets<floatX> column_sets(floatX* scratch, int rows, const OutlierLayer& split) {
+  const int fp4 = split.K - split.fp8;
+  return {scratch + (size_t)rows * split.fp8, scratch, fp4, fp4, split.fp8};
 }
 // D [M,N] += A B^T
 inline void add_product(void* D, int M, int N, int K, const floatX* A, int lda, bool a_transposed, const floatX* B, int ldb, bool b_transposed,
@@ -308,11 +347,15 @@ inline void linear_forward(const LayerControl& how, floatX* Y, const floatX* X, 
   const OutlierScratch& o = how.scratch;
   if (how.collect) add_column_norms(how.collect, X, T, K, o.norms);
   if (how.split) {
-    const int fp8 = how.split->fp8, fp4 = K - fp8;
-    forward_columns(Y, X, W, T, K, N, r, key, s, saved, how, how.split->columns, fp4, add);
+    const ColumnSets<floatX> x = column_sets(o.x, T, *how.split), w = column_sets(o.w, N, *how.split);
+    split_columns(x, X, how.split->columns, T, K);
+    split_columns(w, W, how.split->columns, N, K);
+    if (how.toward.average && is_fp4(r.fprop.w.format)) {
+      gather_columns(o.average, how.toward.average, how.split->columns, N, w.n, K);
+      linear_forward_toward(Y, x.first, w.first, T, w.n, N, r, key, s, saved, {o.average, how.toward.packed}, add);
+    } else linear_forward(Y, x.first, w.first, T, w.n, N, r, key, s, saved, add);
     key.layer += kOutlierLayers;
-    forward_columns(o.y, X, W, T, K, N, outlier_row(r), key, s, nullptr, how, how.split->columns + fp4, fp8, {});
-    return add_to(Y, o.y, (size_t)T * N);
+    return linear_forward(Y, x.second, w.second, T, how.split->fp8, N, outlier_row(r), key, s, nullptr, {nullptr, Y});       // Y += ...
   }
   const bool rows_known = how.occ && !how.toward.average && r.fprop.x.format == Format::fp4_vector && r.fprop.x.rht == 0;
   if (how.occ) occ_split(o.x, o.y, X, T, K, r.occ, rows_known ? s.tiles : nullptr);
@@ -339,39 +382,47 @@ inline void save_again(const floatX* X, const floatX* W, int T, int K, int N, co
   if (columns) gather_columns(how.scratch.average, how.toward.average, columns, N, K, all_columns);
   linear_save_toward(X, W, T, K, N, r, key, s, again, {columns ? how.scratch.average : how.toward.average, how.toward.packed});
 }
-inline void backward_columns(floatX* dX, float* dW, const floatX* dY, const floatX* X, const floatX* W, int T, int K, int N, const Recipe& r,
-                             LinearKey key, const LinearScratch& s, const LinearSaved* saved, const LayerControl& how, const int* columns, int n,
-                             bool forward_weights) {
+inline void wgrad_columns(float* dW, const floatX* dY, const floatX* X, const floatX* W, int T, int K, int N, const Recipe& r, LinearKey key,
+                          const LinearScratch& s, const LinearSaved* saved, float* scratch, const int* columns, int n, float* dyt_amax) {
+  device_zero(scratch, (size_t)N * n);
+  linear_wgrad(scratch, dY, X, T, n, N, r, key, s, saved, W, dyt_amax);
+  scatter_add_columns(dW, scratch, columns, N, n, K);
+}
+// linear_backward() with the FP4 columns apart from the FP8 columns.
+inline void split_backward(const LayerControl& how, floatX* dX, float* dW, const floatX* dY, const floatX* X, const floatX* W, int T, int K, int N,
+                           const Recipe& r, LinearKey key, const LinearScratch& s, const LinearSaved* saved) {
   const OutlierScratch& o = how.scratch;
-  gather_columns(o.w, W, columns, N, n, K);
-  if (forward_weights) mxfp8_weights(o.w, N, n, s);
+  const OutlierLayer& split = *how.split;
+  const int fp8 = split.fp8, fp4 = K - fp8;
+  const ColumnSets<floatX> x = column_sets(o.x, T, split), w = column_sets(o.w, N, split), dx = column_sets(o.y, T, split);
+  const Recipe r8 = outlier_row(r);
+  LinearKey key8 = key;
+  key8.layer += kOutlierLayers;
+  split_columns(x, X, split.columns, T, K);
+  split_columns(w, W, split.columns, N, K);
   LinearSaved again;
   if (saved && saved->again) {
-    gather_columns(o.x, X, columns, T, n, K);
     again = *saved;
-    save_again(o.x, o.w, T, n, N, r, key, s, &again, how, columns, K);
+    save_again(x.first, w.first, T, fp4, N, r, key, s, &again, how, split.columns, K);
     saved = &again;
   }
+  if (from_forward_pass(r.dgrad.w)) mxfp8_weights(w.second, N, fp8, s);
+  const bool both = dX && share_amax(r.dgrad.dy, r.wgrad.dy);
+  if (both) amax_of_both(s.scalars + 3, s.scalars + 4, dY, T, N, quantize_how(r.wgrad.dy, {kWgradDy, kWgradDy, key, GemmWay::emulated}, true));
+  float *const dy_amax = both ? s.scalars + 3 : nullptr, *const dyt_amax = both ? s.scalars + 4 : nullptr;
   if (dX) {
-    linear_dgrad(o.y, dY, o.w, T, n, N, r, key, s, saved);
-    scatter_columns(dX, o.y, columns, T, n, K);
+    linear_dgrad(dx.first, dY, w.first, T, fp4, N, r, key, s, saved, dy_amax);
+    linear_dgrad(dx.second, dY, w.second, T, fp8, N, r8, key8, s, nullptr, dy_amax);
+    join_columns(dX, dx, split.columns, T, K);
   }
-  if (keeps_x(r)) gather_columns(o.x, X, columns, T, n, K);
-  device_zero(o.dw, (size_t)N * n);
-  linear_wgrad(o.dw, dY, o.x, T, n, N, r, key, s, saved, o.w);
-  scatter_add_columns(dW, o.dw, columns, N, n, K);
+  wgrad_columns(dW, dY, x.first, w.first, T, K, N, r, key, s, saved, o.dw, split.columns, fp4, dyt_amax);
+  wgrad_columns(dW, dY, x.second, w.second, T, K, N, r8, key8, s, nullptr, o.dw, split.columns + fp4, fp8, nullptr);
 }
 // linear_backward() of linear.cuh under control.
 inline void linear_backward(const LayerControl& how, floatX* dX, float* dW, const floatX* dY, const floatX* X, const floatX* W, int T, int K,
                             int N, const Recipe& r, LinearKey key, const LinearScratch& s, const LinearSaved* saved) {
   const OutlierScratch& o = how.scratch;
-  if (how.split) {
-    const int fp8 = how.split->fp8, fp4 = K - fp8;
-    backward_columns(dX, dW, dY, X, W, T, K, N, r, key, s, saved, how, how.split->columns, fp4, false);
-    key.layer += kOutlierLayers;
-    return backward_columns(dX, dW, dY, X, W, T, K, N, outlier_row(r), key, s, nullptr, how, how.split->columns + fp4, fp8,
-                            from_forward_pass(r.dgrad.w));
-  }
+  if (how.split) return split_backward(how, dX, dW, dY, X, W, T, K, N, r, key, s, saved);
   LinearSaved again;
   const bool split_again = saved && saved->again && saves_x(r);
   if (saved && saved->again) {
