@@ -10,15 +10,16 @@
 //                 dW[:,A], dW[:,B]      each under its row
 //
 //             The columns of dX are rows of the dgrad operand W^T: blocks along N do not mix them, so that computing them apart changes the scale
-//             of the whole tensor and nothing else. `sorted`: the FP4 columns stand in descending order of their norms, as in the
+//             of the whole tensor and nothing else; dY is quantized once for both. `sorted`: the FP4 columns stand in descending order of their norms, as in the
 //             authors' code, so that a block holds columns of one size; without, both sets keep their order in memory.
 // OCC         Xc = clamp(X, q(1-a), q(a)), quantiles of each row (token); Y = quantized(Xc) W^T + (X - Xc) W^T, the second in BF16. About
 //             2 (1-a) of X - Xc is not zero: 2 % for a = .99. It is a dense GEMM here: right, not fast. The quantile is an element of the
 //             row (nearest rank), so that Xc is exact in BF16; torch.quantile interpolates between two. It is found by bisection.
 // Source      OutControl: TetraJet-v2, arXiv 2510.27527, and the authors' code. There x is quantized twice for the FP8 part of wgrad, and dgrad is
 //             one GEMM. OCC: Wang et al., arXiv 2501.17116, section 3.3.
-// Cost        OutControl: gathers X and W (4 bytes read and written an element), scatters dX and dW. OCC: reads X once or twice and
-//             writes it twice; about 45 operations an element; and one more GEMM of the layer's size in BF16.
+// Cost        OutControl: gathers X and W (4 bytes read and written an element) in both passes, scatters dX and dW; dY^T is quantized twice, once a
+//             set. OCC: reads X once or twice and writes it twice; about 45 operations an element; and one more GEMM of
+//             the layer's size in BF16.
 #pragma once
 #include <algorithm>
 #include <numeric>
@@ -382,6 +383,45 @@ inline void save_again(const floatX* X, const floatX* W, int T, int K, int N, co
   if (columns) gather_columns(how.scratch.average, how.toward.average, columns, N, K, all_columns);
   linear_save_toward(X, W, T, K, N, r, key, s, again, {columns ? how.scratch.average : how.toward.average, how.toward.packed});
 }
+// dgrad of both sets: dY is quantized once for both. Where no set has an FP32 scale of its own, W^T is one operand, of two sets of rows, and the GEMM one.
+// Returns where the sets of dX lie in `scratch`, of (T,K).
+inline ColumnSets<floatX> split_dgrad(floatX* scratch, const floatX* dY, const ColumnSets<floatX>& w, const OutlierLayer& split, int T, int N,
+                                      const Recipe& r, LinearKey key, LinearKey key8, const LinearScratch& s, const LinearSaved* saved, float* dy_amax) {
+  const OperandRecipe how = r.dgrad.w, how8 = outlier_row(r).dgrad.w;
+  const bool doubled = from_forward_pass(how), masked = r.estimator.x == Estimator::quest_mask;
+  if ((doubled || masked) && !saved) die("split_dgrad: recipe %s needs what the forward pass saved", r.name.c_str());
+  const int K = split.K, fp8 = split.fp8, fp4 = K - fp8, rht = doubled ? r.fprop.w.rht : 0, width = rotated_cols(fp4, rht);
+  const bool straight = !rht && !masked;                       // else the FP4 columns come out rotated, or masked, by way of FP32
+  const GemmWay way = fp4_way_of(r.dgrad.dy, how, s.ways);
+  const OperandPlace place = {kDgradW, kDgradDy, key, way};
+  auto fp4_weights = [&] { return doubled ? prepare_forward_operand(how, place, saved->w, r.fprop.w, s) : prepare_operand(how, place, w.first, N, fp4, true, s); };
+  auto fp8_weights = [&](floatX* values) -> ReadyOperand {     // dY's rotation; random numbers of their own
+    if (how8.format == Format::bf16) return {w.second, fp8, true, nullptr, how8, {}};
+    Operand4 out = operand_frame(how8, place, N, fp8, true, s, nullptr);
+    if (values) out.values = values;
+    QuantizeHow q = quantize_how(how8, place, true);
+    q.key = operand_key(key8, kDgradW);
+    quantize(out, w.second, q, s.tiles);
+    return {out.values, out.ld, false, out.amax, how8, out};
+  };
+  const ColumnSets<floatX> dx = straight ? ColumnSets<floatX>{scratch, scratch + fp4, fp4, K, K} : column_sets(scratch, T, split);
+  const ReadyOperand dy = prepare_operand(r.dgrad.dy, {kDgradDy, kDgradDy, key, way}, dY, T, N, false, s, nullptr, dy_amax);
+  const ReadyOperand w4 = fp4_weights();
+  Gemm g;
+  g.M = T; g.K = N;
+  if (straight && w4.amax && way == GemmWay::emulated && (how.format == Format::fp4_vector || !needs_amax(how))) {
+    fp8_weights(s.values[1] + (size_t)fp4 * w4.ld);
+    g.N = K; g.D = scratch; g.ldd = K;
+    run_gemm(g, dy, w4, s, way);
+    return dx;
+  }
+  g.N = width; g.D = straight ? dx.first : (void*)s.rotated; g.ldd = straight ? dx.ld_first : width; g.d_fp32 = !straight;
+  run_gemm(g, dy, w4, s, way);
+  if (!straight) unrotate(dx.first, s.rotated, masked ? saved->x.mask : nullptr, saved ? saved->x.ld / 32 : 0, T, fp4, rht, rotation_signs(r.fprop.w, kFpropX, key), false);
+  g.N = fp8; g.D = dx.second; g.ldd = dx.ld_second; g.d_fp32 = false;
+  run_gemm(g, dy, fp8_weights(nullptr), s, way);
+  return dx;
+}
 inline void wgrad_columns(float* dW, const floatX* dY, const floatX* X, const floatX* W, int T, int K, int N, const Recipe& r, LinearKey key,
                           const LinearScratch& s, const LinearSaved* saved, float* scratch, const int* columns, int n, float* dyt_amax) {
   device_zero(scratch, (size_t)N * n);
@@ -394,7 +434,7 @@ inline void split_backward(const LayerControl& how, floatX* dX, float* dW, const
   const OutlierScratch& o = how.scratch;
   const OutlierLayer& split = *how.split;
   const int fp8 = split.fp8, fp4 = K - fp8;
-  const ColumnSets<floatX> x = column_sets(o.x, T, split), w = column_sets(o.w, N, split), dx = column_sets(o.y, T, split);
+  const ColumnSets<floatX> x = column_sets(o.x, T, split), w = column_sets(o.w, N, split);
   const Recipe r8 = outlier_row(r);
   LinearKey key8 = key;
   key8.layer += kOutlierLayers;
@@ -411,9 +451,7 @@ inline void split_backward(const LayerControl& how, floatX* dX, float* dW, const
   if (both) amax_of_both(s.scalars + 3, s.scalars + 4, dY, T, N, quantize_how(r.wgrad.dy, {kWgradDy, kWgradDy, key, GemmWay::emulated}, true));
   float *const dy_amax = both ? s.scalars + 3 : nullptr, *const dyt_amax = both ? s.scalars + 4 : nullptr;
   if (dX) {
-    linear_dgrad(dx.first, dY, w.first, T, fp4, N, r, key, s, saved, dy_amax);
-    linear_dgrad(dx.second, dY, w.second, T, fp8, N, r8, key8, s, nullptr, dy_amax);
-    join_columns(dX, dx, split.columns, T, K);
+    join_columns(dX, split_dgrad(o.y, dY, w, split, T, N, r, key, key8, s, saved, dy_amax), split.columns, T, K);
   }
   wgrad_columns(dW, dY, x.first, w.first, T, K, N, r, key, s, saved, o.dw, split.columns, fp4, dyt_amax);
   wgrad_columns(dW, dY, x.second, w.second, T, K, N, r8, key8, s, nullptr, o.dw, split.columns + fp4, fp8, nullptr);
