@@ -173,15 +173,15 @@ void want_control(Model& m) {
   if (m.training && c.monitor) a.want(&c.clean, c.watched, "gradient without quantization noise, FP32");
   if (m.training && (c.oscillation == "osci-reset" || c.oscillation == "q-ramping")) a.later = window_bytes(m);
   if (c.outliers == "none") return;
-  size_t x = 0, w = 0, y = 0, norms = 0;
+  size_t x = 0, w = 0, dw = 0, norms = 0;
   for (const LayerShape& s : layer_shapes(m)) {
-    x = max(x, T * s.K); w = max(w, (size_t)s.N * s.K); y = max(y, max(T * s.N, T * s.K));
+    x = max(x, T * s.K); w = max(w, (size_t)s.N * s.K); dw = max(dw, outlier_dw_elements(s.K, s.N));
     norms = max(norms, column_norms_scratch(s.K));
   }
   const char* label = c.outliers == "occ" ? "OCC: clamped X and the rest" : "OutControl: gathered operands of a layer";
   if (c.outliers == "occ") { a.want(&c.outlier_scratch.x, x, label); a.want(&c.outlier_scratch.y, x, label); return; }
-  a.want(&c.outlier_scratch.x, x, label); a.want(&c.outlier_scratch.w, w, label); a.want(&c.outlier_scratch.y, y, label);
-  if (m.training) a.want(&c.outlier_scratch.dw, w, label);
+  a.want(&c.outlier_scratch.x, x, label); a.want(&c.outlier_scratch.w, w, label);
+  if (m.training) { a.want(&c.outlier_scratch.y, x, label); a.want(&c.outlier_scratch.dw, dw, label); }
   a.want(&c.outlier_scratch.norms, norms, label);
   c.columns.resize(m.config.layers);
   for (int l = 0; l < m.config.layers; l++) for (int i = 0; i < 4; i++) {

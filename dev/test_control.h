@@ -748,7 +748,7 @@ struct Layer {
     take(&s.tiles, linear_tile_words(T, K, N)); take(&s.scalars, kLinearScalars); take(&s.rotated, linear_scratch_elements(T, K, N));
     want_linear_saved(saved, r, T, K, N, [&](auto** where, size_t n) { take(where, n); });
     OutlierScratch& o = how.scratch;
-    take(&o.x, (size_t)T * K); take(&o.w, (size_t)N * K); take(&o.y, (size_t)T * max(N, K)); take(&o.dw, (size_t)N * K); take(&o.norms, column_norms_scratch(K)); take(&o.average, (size_t)N * K);
+    take(&o.x, (size_t)T * K); take(&o.w, (size_t)N * K); take(&o.y, (size_t)T * max(N, K)); take(&o.dw, outlier_dw_elements(K, N)); take(&o.norms, column_norms_scratch(K)); take(&o.average, (size_t)N * K);
     GridScratch& g = how.toward.packed;
     const PackedBytes b = packed_bytes(r.fprop.w, N, K);
     take(&g.codes, b.codes); take(&g.scales, b.scales); take(&g.outer, b.outer / 4);

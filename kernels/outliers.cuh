@@ -10,16 +10,17 @@
 //                 dW[:,A], dW[:,B]      each under its row
 //
 //             The columns of dX are rows of the dgrad operand W^T: blocks along N do not mix them, so that computing them apart changes the scale
-//             of the whole tensor and nothing else; dY is quantized once for both. `sorted`: the FP4 columns stand in descending order of their norms, as in the
-//             authors' code, so that a block holds columns of one size; without, both sets keep their order in memory.
+//             of the whole tensor and nothing else; dY is quantized once for both. `sorted`: the FP4 columns stand in
+//             descending order of their norms, as in the authors' code, so that a block holds columns of one size; without, both sets keep their
+//             order in memory.
 // OCC         Xc = clamp(X, q(1-a), q(a)), quantiles of each row (token); Y = quantized(Xc) W^T + (X - Xc) W^T, the second in BF16. About
 //             2 (1-a) of X - Xc is not zero: 2 % for a = .99. It is a dense GEMM here: right, not fast. The quantile is an element of the
 //             row (nearest rank), so that Xc is exact in BF16; torch.quantile interpolates between two. It is found by bisection.
 // Source      OutControl: TetraJet-v2, arXiv 2510.27527, and the authors' code. There x is quantized twice for the FP8 part of wgrad, and dgrad is
 //             one GEMM. OCC: Wang et al., arXiv 2501.17116, section 3.3.
-// Cost        OutControl: gathers X and W (4 bytes read and written an element) in both passes, scatters dX and dW; dY^T is quantized twice, once a
-//             set. OCC: reads X once or twice and writes it twice; about 45 operations an element; and one more GEMM of
-//             the layer's size in BF16.
+// Cost        OutControl: gathers X and W (4 bytes read and written an element) in both passes, scatters dW, and dX where W has one
+//             FP32 scale; quantizes dY^T twice, once a set. OCC: reads X once or twice and writes it twice; about 45 operations an element; and
+//             one more GEMM of the layer's size in BF16.
 #pragma once
 #include <algorithm>
 #include <numeric>
@@ -155,6 +156,18 @@ template <bool kShared = !kOnCpu, class T> void join_columns(T* x, const ColumnS
   launch_split_columns<true, kShared>(from, x, columns, rows, K);
 }
 
+// out[rows[i]] = x[i], rows of ld elements, a multiple of 32
+__global__ void scatter_rows_kernel(floatX* out, const floatX* x, const int* rows, int n, int ld) {
+  const size_t begin = flat_begin<kVecX>(), end = min(begin + kFlatRun * kVecX, (size_t)n * ld);
+  for (size_t i = begin; i < end; i += kVecX) {
+    const unsigned row = (unsigned)(i / kVecX) / (unsigned)(ld / kVecX);
+    store_vec(out + (size_t)rows[row] * ld + (i - (size_t)row * ld), load_vec<kVecX>(x + i));
+  }
+}
+inline void scatter_rows(floatX* out, const floatX* x, const int* rows, int n, int ld) {
+  launch(scatter_rows_kernel, flat_grid((size_t)n * ld, kVecX), kFlatThreads, 0, out, x, rows, n, ld);
+}
+
 // ------------------------------------------------------------------ OCC: clamping by quantiles of the row
 // Floats as unsigned integers of the same order; a BF16 value has only 16 bits to tell.
 constexpr int kKeyBits = sizeof(floatX) * 8;
@@ -178,7 +191,7 @@ template <int kLanes> __device__ inline int lanes_count(int v) {
 #endif
   return (int)lanes_sum<kLanes>((float)v);                     // rows are shorter than 2^24: exact
 }
-// A row's keys: kHeld vectors of kVecX in the registers of each lane (in the places beyond the row: the largest key), or, with 0, read each time anew.
+// A row's keys: kHeld vectors of kVecX in the registers of each lane (in the places beyond the row: the largest key); with 0, read each time anew.
 template <int kLanes, int kHeld> struct RowKeys {
   static constexpr uint32_t kLast = 0xffffffffu >> (32 - kKeyBits);
   const floatX* row; int K;
@@ -211,7 +224,7 @@ template <int kLanes, int kHeld> struct RowKeys {
   }
   __device__ __forceinline__ int below(uint32_t key) const {
     int n = 0;
-    each([&](uint32_t k) { n += kKeyBits == 16 ? (k - key) >> 31 : k < key; });            // the sign: two instructions, where a comparison takes three
+    each([&](uint32_t k) { n += kKeyBits == 16 ? (k - key) >> 31 : k < key; });            // the sign: two instructions instead of three
     return lanes_count<kLanes>(n);
   }
 };
@@ -315,8 +328,9 @@ inline Recipe outlier_row(Recipe r) {
 struct OutlierLayer { int K = 0, fp8 = 0; int* columns = nullptr; float* sums = nullptr; };
 struct OutlierScratch {
   floatX *x = nullptr, *w = nullptr, *y = nullptr;     // (T,K) (N,K) (T,K); OCC: x and y
-  float *dw = nullptr, *norms = nullptr, *average = nullptr;      // (N,K), column_norms_scratch(K); Q-EMA: (N,K)
+  float *dw = nullptr, *norms = nullptr, *average = nullptr;      // outlier_dw_elements(K,N), column_norms_scratch(K); Q-EMA: (N,K)
 };
+inline size_t outlier_dw_elements(int K, int N) { return (size_t)K * round_up(N, 128); }      // dW of a set; before that, all of W^T quantized
 // How a layer is run: what surrounds linear_forward and linear_backward.
 struct LayerControl {
   bool occ = false;
@@ -383,10 +397,10 @@ inline void save_again(const floatX* X, const floatX* W, int T, int K, int N, co
   if (columns) gather_columns(how.scratch.average, how.toward.average, columns, N, K, all_columns);
   linear_save_toward(X, W, T, K, N, r, key, s, again, {columns ? how.scratch.average : how.toward.average, how.toward.packed});
 }
-// dgrad of both sets: dY is quantized once for both. Where no set has an FP32 scale of its own, W^T is one operand, of two sets of rows, and the GEMM one.
-// Returns where the sets of dX lie in `scratch`, of (T,K).
-inline ColumnSets<floatX> split_dgrad(floatX* scratch, const floatX* dY, const ColumnSets<floatX>& w, const OutlierLayer& split, int T, int N,
-                                      const Recipe& r, LinearKey key, LinearKey key8, const LinearScratch& s, const LinearSaved* saved, float* dy_amax) {
+// dX of both sets: dY is quantized once. Where no set has an FP32 scale of its own, W^T is one operand, its rows back in memory's order, and one GEMM
+// writes dX as it lies in memory. Else there are two, whose columns are joined.
+inline void split_dgrad(const OutlierScratch& o, floatX* dX, const floatX* dY, const ColumnSets<floatX>& w, const OutlierLayer& split, int T, int N,
+                        const Recipe& r, LinearKey key, LinearKey key8, const LinearScratch& s, const LinearSaved* saved, float* dy_amax) {
   const OperandRecipe how = r.dgrad.w, how8 = outlier_row(r).dgrad.w;
   const bool doubled = from_forward_pass(how), masked = r.estimator.x == Estimator::quest_mask;
   if ((doubled || masked) && !saved) die("split_dgrad: recipe %s needs what the forward pass saved", r.name.c_str());
@@ -394,7 +408,9 @@ inline ColumnSets<floatX> split_dgrad(floatX* scratch, const floatX* dY, const C
   const bool straight = !rht && !masked;                       // else the FP4 columns come out rotated, or masked, by way of FP32
   const GemmWay way = fp4_way_of(r.dgrad.dy, how, s.ways);
   const OperandPlace place = {kDgradW, kDgradDy, key, way};
-  auto fp4_weights = [&] { return doubled ? prepare_forward_operand(how, place, saved->w, r.fprop.w, s) : prepare_operand(how, place, w.first, N, fp4, true, s); };
+  auto fp4_weights = [&] {
+    return doubled ? prepare_forward_operand(how, place, saved->w, r.fprop.w, s) : prepare_operand(how, place, w.first, N, fp4, true, s);
+  };
   auto fp8_weights = [&](floatX* values) -> ReadyOperand {     // dY's rotation; random numbers of their own
     if (how8.format == Format::bf16) return {w.second, fp8, true, nullptr, how8, {}};
     Operand4 out = operand_frame(how8, place, N, fp8, true, s, nullptr);
@@ -404,23 +420,25 @@ inline ColumnSets<floatX> split_dgrad(floatX* scratch, const floatX* dY, const C
     quantize(out, w.second, q, s.tiles);
     return {out.values, out.ld, false, out.amax, how8, out};
   };
-  const ColumnSets<floatX> dx = straight ? ColumnSets<floatX>{scratch, scratch + fp4, fp4, K, K} : column_sets(scratch, T, split);
   const ReadyOperand dy = prepare_operand(r.dgrad.dy, {kDgradDy, kDgradDy, key, way}, dY, T, N, false, s, nullptr, dy_amax);
-  const ReadyOperand w4 = fp4_weights();
+  ReadyOperand w4 = fp4_weights();
   Gemm g;
   g.M = T; g.K = N;
   if (straight && w4.amax && way == GemmWay::emulated && (how.format == Format::fp4_vector || !needs_amax(how))) {
     fp8_weights(s.values[1] + (size_t)fp4 * w4.ld);
-    g.N = K; g.D = scratch; g.ldd = K;
-    run_gemm(g, dy, w4, s, way);
-    return dx;
+    scatter_rows((floatX*)o.dw, w4.data, split.columns, K, w4.ld);
+    w4.data = (floatX*)o.dw;
+    g.N = K; g.D = dX; g.ldd = K;
+    return run_gemm(g, dy, w4, s, way);
   }
-  g.N = width; g.D = straight ? dx.first : (void*)s.rotated; g.ldd = straight ? dx.ld_first : width; g.d_fp32 = !straight;
+  const ColumnSets<floatX> dx = column_sets(o.y, T, split);
+  g.N = width; g.D = straight ? dx.first : (void*)s.rotated; g.ldd = width; g.d_fp32 = !straight;
   run_gemm(g, dy, w4, s, way);
-  if (!straight) unrotate(dx.first, s.rotated, masked ? saved->x.mask : nullptr, saved ? saved->x.ld / 32 : 0, T, fp4, rht, rotation_signs(r.fprop.w, kFpropX, key), false);
-  g.N = fp8; g.D = dx.second; g.ldd = dx.ld_second; g.d_fp32 = false;
+  if (!straight)
+    unrotate(dx.first, s.rotated, masked ? saved->x.mask : nullptr, saved->x.ld / 32, T, fp4, rht, rotation_signs(r.fprop.w, kFpropX, key), false);
+  g.N = fp8; g.D = dx.second; g.ldd = fp8; g.d_fp32 = false;
   run_gemm(g, dy, fp8_weights(nullptr), s, way);
-  return dx;
+  join_columns(dX, dx, split.columns, T, K);
 }
 inline void wgrad_columns(float* dW, const floatX* dY, const floatX* X, const floatX* W, int T, int K, int N, const Recipe& r, LinearKey key,
                           const LinearScratch& s, const LinearSaved* saved, float* scratch, const int* columns, int n, float* dyt_amax) {
@@ -450,9 +468,7 @@ inline void split_backward(const LayerControl& how, floatX* dX, float* dW, const
   const bool both = dX && share_amax(r.dgrad.dy, r.wgrad.dy);
   if (both) amax_of_both(s.scalars + 3, s.scalars + 4, dY, T, N, quantize_how(r.wgrad.dy, {kWgradDy, kWgradDy, key, GemmWay::emulated}, true));
   float *const dy_amax = both ? s.scalars + 3 : nullptr, *const dyt_amax = both ? s.scalars + 4 : nullptr;
-  if (dX) {
-    join_columns(dX, split_dgrad(o.y, dY, w, split, T, N, r, key, key8, s, saved, dy_amax), split.columns, T, K);
-  }
+  if (dX) split_dgrad(o, dX, dY, w, split, T, N, r, key, key8, s, saved, dy_amax);
   wgrad_columns(dW, dY, x.first, w.first, T, K, N, r, key, s, saved, o.dw, split.columns, fp4, dyt_amax);
   wgrad_columns(dW, dY, x.second, w.second, T, K, N, r8, key8, s, nullptr, o.dw, split.columns + fp4, fp8, nullptr);
 }
