@@ -44,44 +44,99 @@ inline const char* gemm_layout(const Gemm& g) {           // for the profile
 #ifdef CPU_BUILD
 // ------------------------------------------------------------------ CPU: packed panels and a 6x16 register tile
 // Both operands are first rewritten as FP32 panels: A in strips of 6 rows, B in strips of 16, each strip k-major, so that the
-// inner loop reads two short contiguous runs and keeps 12 vector accumulators in registers. Each element of D is computed by one
-// thread in one order (k ascending): the result does not depend on the number of cores.
+// inner loop reads two short contiguous runs and keeps 12 vector accumulators in registers. It goes through K in pieces, so that a piece of
+// a strip of B stays in the first cache while the strips of A pass by from the second; between two pieces the accumulators wait in memory.
+// Each element of D is computed by one thread in one order (k ascending): the result does not depend on the number of cores.
 namespace cpu_gemm {
-constexpr int kRows = 6, kCols = 16;
+constexpr int kRows = 6, kCols = 16, kDepth = 256;         // of a register tile; and a piece of K: 16 KB of a strip of B
 typedef float float8 __attribute__((vector_size(32)));
-inline float8 multiply_add(float8 a, float8 b, float8 c) {
 #if defined(__FMA__) && defined(__AVX2__)
-  return _mm256_fmadd_ps(a, b, c);
-#else
-  return a * b + c;
-#endif
+constexpr bool kAvx2 = true;
+inline float8 multiply_add(float8 a, float8 b, float8 c) { return _mm256_fmadd_ps(a, b, c); }
+inline float8 load8(const float* x) { return _mm256_loadu_ps(x); }
+inline float8 load8(const bf16* x) { return (float8)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)x)), 16); }
+inline void transpose8(float8 (&r)[8]) {
+  float8 p[8], q[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) { p[i] = _mm256_unpacklo_ps(r[i], r[i + 1]); p[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]); }
+#pragma GCC unroll 4
+  for (int n = 0; n < 4; n++) {
+    const int i = n / 2 * 4, h = n % 2;
+    q[i + 2 * h] = _mm256_shuffle_ps(p[i + h], p[i + 2 + h], 0x44);
+    q[i + 2 * h + 1] = _mm256_shuffle_ps(p[i + h], p[i + 2 + h], 0xee);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) { r[i] = _mm256_permute2f128_ps(q[i], q[i + 4], 0x20); r[i + 4] = _mm256_permute2f128_ps(q[i], q[i + 4], 0x31); }
 }
+#else
+constexpr bool kAvx2 = false;
+inline float8 multiply_add(float8 a, float8 b, float8 c) { return a * b + c; }
+template <class T> float8 load8(const T*) { return {}; }
+inline void transpose8(float8 (&)[8]) {}
+#endif
 
-// Strip `s` of kWidth rows of X [rows, K] (or of its transpose) as out[k][kWidth], zeros beyond the edge.
+// Floats of a strip: the last vector that is stored to one may run over.
+constexpr size_t strip_floats(int width, int K) { return round_up((size_t)width * K + 8, (size_t)16); }
+// Strip `s` of kWidth rows of X [rows, K] (or of its transpose) as out[k][kWidth], zeros beyond the edge. Vectors of 8 go along the stored rows;
+// where kWidth is 6, the next one covers what was too much.
 template <int kWidth> void pack_strip(float* out, const floatX* X, int ld, bool transposed, int rows, int K, int s) {
   const int first = s * kWidth, n = min(kWidth, rows - first);
-  if (transposed) {
-    for (int k = 0; k < K; k++)
-      for (int i = 0; i < kWidth; i++) out[k * kWidth + i] = i < n ? to_float(X[(size_t)k * ld + first + i]) : 0.0f;
-  } else {
-    for (int i = 0; i < kWidth; i++)
-      for (int k = 0; k < K; k++) out[k * kWidth + i] = i < n ? to_float(X[(size_t)(first + i) * ld + k]) : 0.0f;
+  auto element = [&](int i, int k) { return i < n ? to_float(X[transposed ? (size_t)k * ld + first + i : (size_t)(first + i) * ld + k]) : 0.0f; };
+  int k = 0;
+  if (kAvx2 && transposed) {
+    const int whole = first + round_up(kWidth, 8) <= rows ? K : 0;
+    for (; k < whole; k++)
+      for (int i = 0; i < kWidth; i += 8) { const float8 v = load8(X + (size_t)k * ld + first + i); memcpy(out + k * kWidth + i, &v, sizeof v); }
+  } else if (kAvx2) {
+    for (; k + 8 <= K; k += 8) for (int i = 0; i < kWidth; i += 8) {
+      float8 r[8];
+#pragma GCC unroll 8
+      for (int j = 0; j < 8; j++) r[j] = i + j < n ? load8(X + (size_t)(first + i + j) * ld + k) : float8{};
+      transpose8(r);
+#pragma GCC unroll 8
+      for (int j = 0; j < 8; j++) memcpy(out + (k + j) * kWidth + i, &r[j], sizeof r[j]);
+    }
   }
+  for (; k < K; k++) for (int i = 0; i < kWidth; i++) out[k * kWidth + i] = element(i, k);
 }
 
-inline void tile(float (&out)[kRows][kCols], const float* a, const float* b, int K) {
-  float8 acc[kRows][2] = {};
+// sums + a b^T over K, into sums
+inline void tile(float (&sums)[kRows][kCols], const float* a, const float* b, int K) {
+  float8 acc[kRows][2];
+  memcpy(acc, sums, sizeof acc);
   for (int k = 0; k < K; k++, a += kRows, b += kCols) {
     float8 b0, b1;
     memcpy(&b0, b, 32);
     memcpy(&b1, b + 8, 32);
+#pragma GCC unroll 6                                        // -O2 alone leaves a loop, and the accumulators in memory: half the speed
     for (int i = 0; i < kRows; i++) {
       const float8 x = {a[i], a[i], a[i], a[i], a[i], a[i], a[i], a[i]};
       acc[i][0] = multiply_add(x, b0, acc[i][0]);
       acc[i][1] = multiply_add(x, b1, acc[i][1]);
     }
   }
-  memcpy(out, acc, sizeof out);
+  memcpy(sums, acc, sizeof acc);
+}
+
+// A row of a tile to D: d[j] = alpha * sums[j] + c[j] + bias[j], j < n; c and bias may be null.
+template <class T> void store_row(T* d, const float (&sums)[kCols], float alpha, const T* c, const floatX* bias, int n) {
+  float v[kCols];
+  if (n == kCols) {                                         // loops that the compiler makes vectors of
+    for (int j = 0; j < kCols; j++) v[j] = alpha * sums[j];
+    if (c) for (int j = 0; j < kCols; j++) v[j] += to_float(c[j]);
+    else for (int j = 0; j < kCols; j++) v[j] += 0.0f;      // -0 becomes 0
+    if (bias) for (int j = 0; j < kCols; j++) v[j] += to_float(bias[j]);
+    for (int j = 0; j < kCols; j++) d[j] = from_float<T>(v[j]);
+  } else {
+    for (int j = 0; j < n; j++) d[j] = from_float<T>(alpha * sums[j] + (c ? to_float(c[j]) : 0.0f) + (bias ? to_float(bias[j]) : 0.0f));
+  }
+}
+template <class T> void store_tile(const Gemm& g, const float (&sums)[kRows][kCols], float alpha, int row, int col) {
+  const T* C = (const T*)(g.C ? g.C : g.D);
+  for (int i = 0; i < min(kRows, g.M - row); i++) {
+    const size_t at = (size_t)(row + i) * g.ldd + col;
+    store_row((T*)g.D + at, sums[i], alpha, g.accumulate ? C + at : nullptr, g.bias ? g.bias + col : nullptr, min(kCols, g.N - col));
+  }
 }
 }  // namespace cpu_gemm
 
@@ -90,26 +145,29 @@ inline void gemm(const Gemm& g) {
   using namespace cpu_gemm;
   static std::vector<float> packed_a, packed_b;             // grow to the largest operand; gemm() is called by one thread
   const int strips_a = ceil_div(g.M, kRows), strips_b = ceil_div(g.N, kCols);
-  packed_a.resize(std::max(packed_a.size(), (size_t)strips_a * kRows * g.K));
-  packed_b.resize(std::max(packed_b.size(), (size_t)strips_b * kCols * g.K));
+  const size_t size_a = strip_floats(kRows, g.K), size_b = strip_floats(kCols, g.K);
+  packed_a.resize(std::max(packed_a.size(), strips_a * size_a));
+  packed_b.resize(std::max(packed_b.size(), strips_b * size_b));
   float *const pa = packed_a.data(), *const pb = packed_b.data();
-  cuda_on_cpu::parallel_for(strips_a, [&](size_t s) { pack_strip<kRows>(pa + s * kRows * g.K, g.A, g.lda, g.a_transposed, g.M, g.K, (int)s); });
-  cuda_on_cpu::parallel_for(strips_b, [&](size_t s) { pack_strip<kCols>(pb + s * kCols * g.K, g.B, g.ldb, g.b_transposed, g.N, g.K, (int)s); });
+  constexpr int kPackA = 8, kPackB = 4;                     // strips in a task
+  const int pack_a = ceil_div(strips_a, kPackA), pack_b = ceil_div(strips_b, kPackB);
+  cuda_on_cpu::parallel_for(pack_a + pack_b, [&](size_t task) {
+    const int a = (int)task * kPackA, b = ((int)task - pack_a) * kPackB;
+    if (b < 0) for (int s = a; s < min(a + kPackA, strips_a); s++) pack_strip<kRows>(pa + s * size_a, g.A, g.lda, g.a_transposed, g.M, g.K, s);
+    else for (int s = b; s < min(b + kPackB, strips_b); s++) pack_strip<kCols>(pb + s * size_b, g.B, g.ldb, g.b_transposed, g.N, g.K, s);
+  });
+  // A task: a strip of B and a group of strips of A, which stays in the second cache while it meets all strips of B.
+  constexpr int kMostA = 16;
+  const int groups = ceil_div(strips_a, kMostA), group = ceil_div(strips_a, groups);
   const float alpha = g.alpha ? *g.alpha : 1.0f;
-  const void* C = g.C ? g.C : g.D;
-  constexpr int kTaskA = 16, kTaskB = 8;                    // strips in a task: 96 x 128 elements of D
-  const int tasks_b = ceil_div(strips_b, kTaskB);
-  cuda_on_cpu::parallel_for((size_t)ceil_div(strips_a, kTaskA) * tasks_b, [&](size_t task) {
-    const int a0 = (int)(task / tasks_b) * kTaskA, b0 = (int)(task % tasks_b) * kTaskB;
-    for (int sb = b0; sb < min(b0 + kTaskB, strips_b); sb++) for (int sa = a0; sa < min(a0 + kTaskA, strips_a); sa++) {
-      float t[kRows][kCols];
-      tile(t, pa + (size_t)sa * kRows * g.K, pb + (size_t)sb * kCols * g.K, g.K);
-      for (int i = 0; i < min(kRows, g.M - sa * kRows); i++) for (int j = 0; j < min(kCols, g.N - sb * kCols); j++) {
-        const size_t at = (size_t)(sa * kRows + i) * g.ldd + sb * kCols + j;
-        const float bias = g.bias ? to_float(g.bias[sb * kCols + j]) : 0.0f;
-        if (g.d_fp32) { float* d = (float*)g.D + at; *d = alpha * t[i][j] + (g.accumulate ? ((const float*)C)[at] : 0.0f) + bias; }
-        else { floatX* d = (floatX*)g.D + at; *d = from_float<floatX>(alpha * t[i][j] + (g.accumulate ? to_float(((const floatX*)C)[at]) : 0.0f) + bias); }
-      }
+  cuda_on_cpu::parallel_for((size_t)groups * strips_b, [&](size_t task) {
+    const int a0 = (int)(task / strips_b) * group, sb = (int)(task % strips_b), n = min(group, strips_a - a0);
+    alignas(32) float sums[kMostA][kRows][kCols] = {};
+    for (int k = 0; k == 0 || k < g.K; k += kDepth) for (int i = 0; i < n; i++) {
+      tile(sums[i], pa + (a0 + i) * size_a + (size_t)k * kRows, pb + sb * size_b + (size_t)k * kCols, min(kDepth, g.K - k));
+      if (k + kDepth < g.K) continue;
+      if (g.d_fp32) store_tile<float>(g, sums[i], alpha, (a0 + i) * kRows, sb * kCols);
+      else store_tile<floatX>(g, sums[i], alpha, (a0 + i) * kRows, sb * kCols);
     }
   });
 }
