@@ -17,6 +17,7 @@
 #pragma once
 #include <vector>
 #include "cuda.cuh"
+#include "simd.cuh"     // defines: float8, transpose8
 #ifndef CPU_BUILD
 #include <cublasLt.h>
 #include <map>
@@ -49,31 +50,13 @@ inline const char* gemm_layout(const Gemm& g) {           // for the profile
 // Each element of D is computed by one thread in one order (k ascending): the result does not depend on the number of cores.
 namespace cpu_gemm {
 constexpr int kRows = 6, kCols = 16, kDepth = 256;         // of a register tile; and a piece of K: 16 KB of a strip of B
-typedef float float8 __attribute__((vector_size(32)));
+inline float8 multiply_add(float8 a, float8 b, float8 c) {
 #if defined(__FMA__) && defined(__AVX2__)
-constexpr bool kAvx2 = true;
-inline float8 multiply_add(float8 a, float8 b, float8 c) { return _mm256_fmadd_ps(a, b, c); }
-inline float8 load8(const float* x) { return _mm256_loadu_ps(x); }
-inline float8 load8(const bf16* x) { return (float8)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)x)), 16); }
-inline void transpose8(float8 (&r)[8]) {
-  float8 p[8], q[8];
-#pragma GCC unroll 4
-  for (int i = 0; i < 8; i += 2) { p[i] = _mm256_unpacklo_ps(r[i], r[i + 1]); p[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]); }
-#pragma GCC unroll 4
-  for (int n = 0; n < 4; n++) {
-    const int i = n / 2 * 4, h = n % 2;
-    q[i + 2 * h] = _mm256_shuffle_ps(p[i + h], p[i + 2 + h], 0x44);
-    q[i + 2 * h + 1] = _mm256_shuffle_ps(p[i + h], p[i + 2 + h], 0xee);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; i++) { r[i] = _mm256_permute2f128_ps(q[i], q[i + 4], 0x20); r[i + 4] = _mm256_permute2f128_ps(q[i], q[i + 4], 0x31); }
-}
+  return _mm256_fmadd_ps(a, b, c);
 #else
-constexpr bool kAvx2 = false;
-inline float8 multiply_add(float8 a, float8 b, float8 c) { return a * b + c; }
-template <class T> float8 load8(const T*) { return {}; }
-inline void transpose8(float8 (&)[8]) {}
+  return a * b + c;
 #endif
+}
 
 // Floats of a strip: the last vector that is stored to one may run over.
 constexpr size_t strip_floats(int width, int K) { return round_up((size_t)width * K + 8, (size_t)16); }
@@ -83,18 +66,18 @@ template <int kWidth> void pack_strip(float* out, const floatX* X, int ld, bool 
   const int first = s * kWidth, n = min(kWidth, rows - first);
   auto element = [&](int i, int k) { return i < n ? to_float(X[transposed ? (size_t)k * ld + first + i : (size_t)(first + i) * ld + k]) : 0.0f; };
   int k = 0;
-  if (kAvx2 && transposed) {
+  if (transposed) {
     const int whole = first + round_up(kWidth, 8) <= rows ? K : 0;
     for (; k < whole; k++)
-      for (int i = 0; i < kWidth; i += 8) { const float8 v = load8(X + (size_t)k * ld + first + i); memcpy(out + k * kWidth + i, &v, sizeof v); }
-  } else if (kAvx2) {
+      for (int i = 0; i < kWidth; i += 8) store8(out + k * kWidth + i, load8(X + (size_t)k * ld + first + i));
+  } else {
     for (; k + 8 <= K; k += 8) for (int i = 0; i < kWidth; i += 8) {
       float8 r[8];
 #pragma GCC unroll 8
       for (int j = 0; j < 8; j++) r[j] = i + j < n ? load8(X + (size_t)(first + i + j) * ld + k) : float8{};
       transpose8(r);
 #pragma GCC unroll 8
-      for (int j = 0; j < 8; j++) memcpy(out + (k + j) * kWidth + i, &r[j], sizeof r[j]);
+      for (int j = 0; j < 8; j++) store8(out + (k + j) * kWidth + i, r[j]);
     }
   }
   for (; k < K; k++) for (int i = 0; i < kWidth; i++) out[k * kWidth + i] = element(i, k);

@@ -162,10 +162,12 @@ template <int kLanes, int kVec> __global__ void swiglu_backward_kernel(floatX* d
   }
 }
 template <int kLanes = kRowLanes> void swiglu_forward(floatX* out, const floatX* gate_up, int T, int F) {
-  auto kernel = F % kVecX == 0 ? swiglu_forward_kernel<kLanes, kVecX> : swiglu_forward_kernel<kLanes, 1>;
+  constexpr int kVec = kLanes == 1 ? 64 : kVecX;             // as in gelu_backward()
+  auto kernel = F % kVec == 0 ? swiglu_forward_kernel<kLanes, kVec> : swiglu_forward_kernel<kLanes, 1>;
   launch(kernel, row_grid(T), row_block<kLanes>(), 0, out, gate_up, T, F);
 }
 template <int kLanes = kRowLanes> void swiglu_backward(floatX* dgate_up, const floatX* dout, const floatX* gate_up, int T, int F) {
-  auto kernel = F % kVecX == 0 ? swiglu_backward_kernel<kLanes, kVecX> : swiglu_backward_kernel<kLanes, 1>;
+  constexpr int kVec = kLanes == 1 ? 64 : kVecX;
+  auto kernel = F % kVec == 0 ? swiglu_backward_kernel<kLanes, kVec> : swiglu_backward_kernel<kLanes, 1>;
   launch(kernel, row_grid(T), row_block<kLanes>(), 0, dgate_up, dout, gate_up, T, F);
 }

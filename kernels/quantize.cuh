@@ -50,6 +50,7 @@
 #include "philox.cuh"
 #include "ptx.cuh"
 #include "recipe.cuh"
+#include "simd.cuh"     // defines: float8, transpose8
 
 struct Operand4 {
   int rows = 0, cols = 0, ld = 0;   // [rows, cols], cols = contraction axis, ld = operand_ld(cols, rht)
@@ -361,17 +362,29 @@ template <class S, bool kTranspose, class Source> struct StripRows {
   const Source& x;
   StripPlace at;
   const E* tile;
-  float turned[kTurned ? 128 : 1][kTurned ? 16 : 1];
+  float turned[kTurned ? 16 : 1][kTurned ? 128 : 1];
   typename Source::template Run<kTranspose ? 8 : S::kUnit> next;
   // tile: of the block's unit, in shared memory
   __device__ __forceinline__ StripRows(const Source& source, StripPlace place, const E* shared) : x(source), at(place), tile(shared) {
     if constexpr (kTurned) {
-      for (int c = 0; c < 128; c++) {
-        const auto run = x.template run<16>(at.col + c, at.row);
-        for (int i = 0; i < 16; i++) turned[c][i] = run[i];
-      }
+      turn();
     } else if constexpr (kTranspose) tile = shared + tile_offset<E>(at.col % 128) + at.row % 64;
     start();
+  }
+  __device__ __forceinline__ void turn() {
+#ifdef CPU_BUILD
+    for (int c = 0; c < 128; c += 8) {
+      float8 r[2][8];
+      for (int k = 0; k < 8; k++) {
+        const auto run = x.template run<16>(at.col + c + k, at.row);
+        for (int h = 0; h < 2; h++) for (int j = 0; j < 8; j++) r[h][k][j] = run[8 * h + j];
+      }
+      for (int h = 0; h < 2; h++) {
+        transpose8(r[h]);
+        for (int k = 0; k < 8; k++) store8(&turned[8 * h + k][c], r[h][k]);
+      }
+    }
+#endif
   }
   __device__ __forceinline__ int row(int i) const { return at.row + i * S::kDown; }       // the thread's i-th row of the operand
   // The rows come in order, from 0 on after start(): a row copy reads one row ahead.
@@ -387,7 +400,7 @@ template <class S, bool kTranspose, class Source> struct StripRows {
       for (int u = 0; u < S::kUnits; u++) {
         if constexpr (kTranspose) {
 #pragma unroll
-          for (int j = 0; j < S::kUnit; j++) v[u][j] = S::kWarp ? to_float(tile[tile_offset<E>(j) + i * S::kDown]) : turned[u * S::kUnit + j][i];
+          for (int j = 0; j < S::kUnit; j++) v[u][j] = S::kWarp ? to_float(tile[tile_offset<E>(j) + i * S::kDown]) : turned[i][u * S::kUnit + j];
         } else {
           const auto run = x.template run<S::kUnit>(row(i), at.col + u * S::kUnit);
 #pragma unroll
@@ -548,9 +561,29 @@ __device__ __forceinline__ void for_each_strip(const Source& x, int rows_covered
 // ------------------------------------------------------------------ rotation
 // a, b <- a + b, a - b, element by element
 template <int kN> __device__ __forceinline__ void butterfly(float (&a)[kN], float (&b)[kN]) {
+#ifdef CPU_BUILD
+  for (int j = 0; j < kN; j += 8) { const float8 s = load8(a + j) + load8(b + j); store8(b + j, load8(a + j) - load8(b + j)); store8(a + j, s); }
+  return;
+#endif
 #pragma unroll
   for (int j = 0; j < kN; j++) { const float s = a[j] + b[j]; b[j] = a[j] - b[j]; a[j] = s; }
 }
+#ifdef CPU_BUILD
+// The signs and the butterflies of distance 1 to 8 of 16 neighbours. In a vector, b - a is b + -a, and the partner comes by a shuffle.
+__forceinline__ void rotate16(float* v, uint32_t signs) {
+  const word8 sign = all8(1u << 31), bits = {1, 2, 4, 8, 16, 32, 64, 128};
+  float8 r[2];
+#pragma GCC unroll 2
+  for (int h = 0; h < 2; h++) {
+    const float8 x = (float8)((word8)load8(v + 8 * h) ^ ((word8)((all8(signs >> 8 * h) & bits) != 0) & sign));
+    const float8 y = SHUFFLE8(x, x, 1, 0, 3, 2, 5, 4, 7, 6) + (float8)((word8)x ^ (word8{0, 1, 0, 1, 0, 1, 0, 1} << 31));
+    const float8 z = SHUFFLE8(y, y, 2, 3, 0, 1, 6, 7, 4, 5) + (float8)((word8)y ^ (word8{0, 0, 1, 1, 0, 0, 1, 1} << 31));
+    r[h] = SHUFFLE8(z, z, 4, 5, 6, 7, 0, 1, 2, 3) + (float8)((word8)z ^ (word8{0, 0, 0, 0, 1, 1, 1, 1} << 31));
+  }
+  store8(v, r[0] + r[1]);
+  store8(v + 8, r[0] - r[1]);
+}
+#endif
 // Rotates a row's groups of n columns, without the factor 1/sqrt(n). The butterflies' distances go 1, 2, 4, ... n/2: within a block, then between
 // blocks, then between lanes.
 template <class S> __device__ __forceinline__ void rotate_row(RowPart<S>& v, int n, const SignBits& signs, int along) {
@@ -558,23 +591,23 @@ template <class S> __device__ __forceinline__ void rotate_row(RowPart<S>& v, int
   for (int u = 0; u < S::kUnits; u++) {
     const int place = (along * S::kUnits + u) * S::kUnit & (n - 1);                       // of the block's first column in its group
     const uint32_t bits = (uint32_t)((place < 64 ? signs.word[0] : signs.word[1]) >> (place % 64));
-    auto negated = [&](int j) { return (n == 16 ? bits >> (j % 16) : bits >> j) & 1; };
-#ifdef __CUDA_ARCH__
+#ifdef CPU_BUILD
+    for (int first = 0; first < S::kUnit; first += 16) rotate16(v[u] + first, n == 16 ? bits : bits >> first);
+    if constexpr (S::kUnit == 32) {
+      if (n > 16) butterfly(reinterpret_cast<float (&)[16]>(v[u]), reinterpret_cast<float (&)[16]>(v[u][16]));
+    }
+    continue;
+#endif
     // Signs and the first butterfly at once, by multiply-adds: of these a GPU does twice as many in a time as of logic. The same sums.
+    auto negated = [&](int j) { return (n == 16 ? bits >> (j % 16) : bits >> j) & 1; };
 #pragma unroll
     for (int j = 0; j < S::kUnit; j += 2) {
       const float a = v[u][j] * negate_if(1.0f, negated(j)), sign = negate_if(1.0f, negated(j + 1)), b = v[u][j + 1];
       v[u][j] = fmaf(b, sign, a);
       v[u][j + 1] = fmaf(-b, sign, a);
     }
-    constexpr int kFirst = 2;
-#else
-    constexpr int kFirst = 1;
 #pragma unroll
-    for (int j = 0; j < S::kUnit; j++) v[u][j] = negate_if(v[u][j], negated(j));
-#endif
-#pragma unroll
-    for (int distance = kFirst; distance < S::kUnit; distance *= 2) {
+    for (int distance = 2; distance < S::kUnit; distance *= 2) {
       if (distance == 16 && n == 16) break;                                         // a rotation of 16 in blocks of 32
 #pragma unroll
       for (int j = 0; j < S::kUnit; j++) {
@@ -742,6 +775,28 @@ __global__ void __launch_bounds__(kStripThreads, 8) amax_kernel(unsigned* plain,
 }
 
 // ------------------------------------------------------------------ rounding and storing a block
+#ifdef CPU_BUILD
+__forceinline__ float8 abs8(float8 v) { return (float8)((word8)v & 0x7fffffffu); }
+__forceinline__ word8 e2m1_binade8(float8 a) { const word8 b = (word8)a & 0x7f800000u, one = all8(0x3f800000u); return b > one ? b : one; }
+__forceinline__ float8 e2m1_saturate8(float8 a) { const float8 six = float8{} + 6.0f; return a < six ? a : six; }
+// e2m1_round(|v|), and e2m1_round_byte(|v|, byte) of eight
+__forceinline__ float8 e2m1_round8(float8 v) {
+  const float8 a = e2m1_saturate8(abs8(v)), magic = (float8)(e2m1_binade8(a) + (22u << 23));
+  return (a + magic) - magic;
+}
+__forceinline__ float8 e2m1_round_bytes8(float8 v, word8 complement) {
+  const float8 a = e2m1_saturate8(abs8(v)), magic = float8{} + 12582912.0f, zero = {}, one = zero + 1.0f;
+  const word8 binade = e2m1_binade8(a);
+  const float8 x = a * (float8)((264u << 23) - binade), nearest = x + magic, n = nearest + (nearest - magic < x ? one : zero);      // ceil_plus_magic(x)
+  return ((float8)(((word8)n + 2 * complement) & ~511u) - magic) * (float8)(binade - (10u << 23));
+}
+__forceinline__ word8 load_bytes8(const void* p) {
+  typedef uint8_t byte8 __attribute__((vector_size(8)));
+  byte8 b;
+  memcpy(&b, p, sizeof b);
+  return __builtin_convertvector(b, word8);
+}
+#endif
 // magnitude[j]: |v[j]| rounded to the grid. `block16`: number of the 16-block in its operand, which names its random bits; a block of 32 takes two.
 template <int kN>
 __device__ __forceinline__ void round_block(float (&magnitude)[kN], const float (&v)[kN], bool stochastic, RandomKey key, uint64_t block16) {
@@ -750,10 +805,18 @@ __device__ __forceinline__ void round_block(float (&magnitude)[kN], const float 
     for (int half = 0; half < kN / 16; half++) {
       const uint4 r = random_block(key, block16 + half);
       const uint32_t words[4] = {~r.x, ~r.y, ~r.z, ~r.w};        // u: midpoints of 256 intervals, unbiased, and never 0 or 1
+#ifdef CPU_BUILD
+      for (int j = 0; j < 16; j += 8) store8(magnitude + 16 * half + j, e2m1_round_bytes8(load8(v + 16 * half + j), load_bytes8(&words[j / 4])));
+      continue;
+#endif
 #pragma unroll
       for (int j = 0; j < 16; j++) magnitude[16 * half + j] = e2m1_round_byte(fabsf(v[16 * half + j]), words[j / 4], j % 4);
     }
   } else {
+#ifdef CPU_BUILD
+    for (int j = 0; j < kN; j += 8) store8(magnitude + j, e2m1_round8(load8(v + j)));
+    return;
+#endif
 #pragma unroll
     for (int j = 0; j < kN; j++) magnitude[j] = e2m1_round(fabsf(v[j]));
   }
