@@ -22,8 +22,6 @@
 #include <cublasLt.h>
 #include <map>
 #include <tuple>
-#elif defined(__FMA__) && defined(__AVX2__)
-#include <immintrin.h>
 #endif
 
 struct Gemm {
@@ -103,13 +101,9 @@ inline void tile(float (&sums)[kRows][kCols], const float* a, const float* b, in
 
 // A row of a tile to D: d[j] = alpha * sums[j] + c[j] + bias[j], j < n; c and bias may be null.
 template <class T> void store_row(T* d, const float (&sums)[kCols], float alpha, const T* c, const floatX* bias, int n) {
-  float v[kCols];
-  if (n == kCols) {                                         // loops that the compiler makes vectors of
-    for (int j = 0; j < kCols; j++) v[j] = alpha * sums[j];
-    if (c) for (int j = 0; j < kCols; j++) v[j] += to_float(c[j]);
-    else for (int j = 0; j < kCols; j++) v[j] += 0.0f;      // -0 becomes 0
-    if (bias) for (int j = 0; j < kCols; j++) v[j] += to_float(bias[j]);
-    for (int j = 0; j < kCols; j++) d[j] = from_float<T>(v[j]);
+  const float8 zero = {};
+  if (n == kCols) {
+    for (int j = 0; j < kCols; j += 8) store8(d + j, alpha * load8(sums + j) + (c ? load8(c + j) : zero) + (bias ? load8(bias + j) : zero));
   } else {
     for (int j = 0; j < n; j++) d[j] = from_float<T>(alpha * sums[j] + (c ? to_float(c[j]) : 0.0f) + (bias ? to_float(bias[j]) : 0.0f));
   }

@@ -28,6 +28,17 @@ __device__ inline float sigmoid(float x) {
 #endif
 }
 
+// The same for several: the exponential is a call on the CPU, and keeps a loop with it from becoming SIMD.
+template <int kVec> __device__ __forceinline__ void sigmoids(float (&s)[kVec], const Vec<floatX, kVec>& x) {
+#ifdef CPU_BUILD
+  for (int i = 0; i < kVec; i++) s[i] = -kLog2E * to_float(x.v[i]);
+  for (int i = 0; i < kVec; i++) s[i] = ex2_approx(s[i]);
+  for (int i = 0; i < kVec; i++) s[i] = 1 / (1 + s[i]);
+#else
+  for (int i = 0; i < kVec; i++) s[i] = sigmoid(to_float(x.v[i]));
+#endif
+}
+
 // ------------------------------------------------------------------ bias
 // Ranges of rows that are summed apart: on a GPU 512 threads a multiprocessor, each with several loads under way, keep the memory busy.
 inline int bias_backward_slots(int T, int N) {
@@ -136,9 +147,11 @@ template <int kLanes, int kVec> __global__ void swiglu_forward_kernel(floatX* ou
   for (int c = row_lane<kLanes>() * kVec; c < F; c += kLanes * kVec) {
     const Vec<floatX, kVec> gate = load_vec<kVec>(gate_up + c), up = load_vec<kVec>(gate_up + F + c);
     Vec<floatX, kVec> o;
+    float s[kVec];
+    sigmoids(s, gate);
     for (int i = 0; i < kVec; i++) {
       const float g = to_float(gate.v[i]);
-      o.v[i] = from_float<floatX>(g * sigmoid(g) * to_float(up.v[i]));
+      o.v[i] = from_float<floatX>(g * s[i] * to_float(up.v[i]));
     }
     store_vec(out + c, o);
   }
@@ -152,8 +165,10 @@ template <int kLanes, int kVec> __global__ void swiglu_backward_kernel(floatX* d
   for (int c = row_lane<kLanes>() * kVec; c < F; c += kLanes * kVec) {
     const Vec<floatX, kVec> gate = load_vec<kVec>(gate_up + c), up = load_vec<kVec>(gate_up + F + c), d = load_vec<kVec>(dout + c);
     Vec<floatX, kVec> dgate, dup;
+    float sigmoid_of[kVec];
+    sigmoids(sigmoid_of, gate);
     for (int i = 0; i < kVec; i++) {
-      const float g = to_float(gate.v[i]), s = sigmoid(g), dy = to_float(d.v[i]);
+      const float g = to_float(gate.v[i]), s = sigmoid_of[i], dy = to_float(d.v[i]);
       dgate.v[i] = from_float<floatX>(dy * to_float(up.v[i]) * s * (1 + g * (1 - s)));
       dup.v[i] = from_float<floatX>(dy * g * s);
     }

@@ -9,7 +9,7 @@
 //         of a block of 16 elements is the other half.
 // Cost    20 wide multiplications for 16 bytes: one call serves a whole block of 16 elements with 8 bits each.
 #pragma once
-#include "cuda.cuh"
+#include "simd.cuh"
 
 struct RandomKey {
   uint64_t seed;
@@ -44,3 +44,20 @@ __host__ __device__ inline uint4 random_block(RandomKey key, uint64_t index) {
   return philox4x32(make_uint4((uint32_t)index, (uint32_t)(index >> 32), key.step, key.stream),
                     make_uint2((uint32_t)key.seed, (uint32_t)(key.seed >> 32)));
 }
+#ifdef CPU_BUILD
+// r[i] = random_block(key, first + i) of eight blocks at once: one at a time, each round waits for the multiplications of the last.
+inline void random_blocks8(uint4 (&r)[8], RandomKey key, uint64_t first) {
+  word8 x, y, z = all8(key.step), w = all8(key.stream), high_x, low_x, high_z, low_z;
+  for (int i = 0; i < 8; i++) { x[i] = (uint32_t)(first + i); y[i] = (uint32_t)((first + i) >> 32); }
+  uint32_t a = (uint32_t)key.seed, b = (uint32_t)(key.seed >> 32);
+  for (int round = 0; round < 10; round++, a += 0x9E3779B9u, b += 0xBB67AE85u) {
+    multiply_wide8(high_x, low_x, x, 0xD2511F53u);
+    multiply_wide8(high_z, low_z, z, 0xCD9E8D57u);
+    x = high_z ^ y ^ a;
+    y = low_z;
+    z = high_x ^ w ^ b;
+    w = low_x;
+  }
+  for (int i = 0; i < 8; i++) r[i] = make_uint4(x[i], y[i], z[i], w[i]);
+}
+#endif

@@ -798,12 +798,14 @@ __forceinline__ word8 load_bytes8(const void* p) {
 }
 #endif
 // magnitude[j]: |v[j]| rounded to the grid. `block16`: number of the 16-block in its operand, which names its random bits; a block of 32 takes two.
+// drawn: null, or those bits.
 template <int kN>
-__device__ __forceinline__ void round_block(float (&magnitude)[kN], const float (&v)[kN], bool stochastic, RandomKey key, uint64_t block16) {
+__device__ __forceinline__ void round_block(float (&magnitude)[kN], const float (&v)[kN], bool stochastic, RandomKey key, uint64_t block16,
+                                            const uint4* drawn = nullptr) {
   if (stochastic) {
 #pragma unroll
     for (int half = 0; half < kN / 16; half++) {
-      const uint4 r = random_block(key, block16 + half);
+      const uint4 r = drawn ? drawn[half] : random_block(key, block16 + half);
       const uint32_t words[4] = {~r.x, ~r.y, ~r.z, ~r.w};        // u: midpoints of 256 intervals, unbiased, and never 0 or 1
 #ifdef CPU_BUILD
       for (int j = 0; j < 16; j += 8) store8(magnitude + 16 * half + j, e2m1_round_bytes8(load8(v + 16 * half + j), load_bytes8(&words[j / 4])));
@@ -833,6 +835,15 @@ __device__ __forceinline__ void store_block(const Operand4& out, int row, int co
     for (int j = 0; j < kN; j++) words.v[j / 8] |= (uint32_t)(e2m1_index(magnitude[j]) | e2m1_sign(v[j])) << (4 * (j % 8));
     *reinterpret_cast<Vec<uint32_t, kN / 8>*>(out.codes + at / 2) = words;
   }
+#ifdef CPU_BUILD
+  if (out.values) {
+    for (int j = 0; j < kN; j += 8) {
+      const float8 m = load8(magnitude + j) * scale, o = has_outer ? m * outer : m;
+      store8(out.values + at + j, (float8)((word8)o | ((word8)load8(v + j) & 0x80000000u)));
+    }
+    return;
+  }
+#endif
   if (out.values) {
     Vec<floatX, kN> q;
     if (has_outer) {
@@ -1051,6 +1062,12 @@ __global__ void __launch_bounds__(kStripThreads, 5) nvfp4_kernel(Operand4 out, c
       const TensorScale outer = wide ? outer_scale(recipe, bits_float(max_along<S>(row_amax_bits(v)))) : tensor;
       float magnitude[S::kUnits][16];
       BlockScale scale[S::kUnits];
+      [[maybe_unused]] uint4 drawn[S::kUnits];
+#ifdef CPU_BUILD
+      if constexpr (!S::kWarp) {
+        if (recipe.rounding != Rounding::nearest) random_blocks8(drawn, how.key, (uint64_t)row * blocks + at.col / 16);
+      }
+#endif
 #pragma unroll
       for (int u = 0; u < S::kUnits; u++) {
         const int block = at.col / 16 + u;
@@ -1078,7 +1095,7 @@ __global__ void __launch_bounds__(kStripThreads, 5) nvfp4_kernel(Operand4 out, c
 #pragma unroll
           for (int j = 0; j < 16; j++) v[u][j] = __fmul_rn(v[u][j], s.encode);
         }
-        round_block(magnitude[u], v[u], recipe.rounding == Rounding::stochastic, how.key, (uint64_t)row * blocks + block);
+        round_block(magnitude[u], v[u], recipe.rounding == Rounding::stochastic, how.key, (uint64_t)row * blocks + block, S::kWarp ? nullptr : &drawn[u]);
       }
       if (is_eden(recipe)) {                                    // the scale takes the correction, and is rounded stochastically: 16 random bits
         const float correction128 = recipe.rounding == Rounding::eden128 ? eden_correction128<S>(v, magnitude) : 0;
@@ -1087,7 +1104,7 @@ __global__ void __launch_bounds__(kStripThreads, 5) nvfp4_kernel(Operand4 out, c
           EdenSums sums;
           if (recipe.rounding == Rounding::eden16) sums.add(v[u], magnitude[u]);
           const float correction = recipe.rounding == Rounding::eden16 ? sums.correction() : correction128;
-          const uint32_t random = random_block(how.key, (uint64_t)row * blocks + at.col / 16 + u).x & 0xffff;
+          const uint32_t random = (S::kWarp ? random_block(how.key, (uint64_t)row * blocks + at.col / 16 + u) : drawn[u]).x & 0xffff;
           scale[u].scale = e4m3_decode(e4m3_encode_sr(scale[u].scale * correction, (float)(2 * random + 1) * 0x1p-17f));
         }
       }
@@ -1226,6 +1243,15 @@ __global__ void unpack_values_kernel(Operand4 p, OperandRecipe how) {
       out.v[j] = from_float<floatX>((e5m2 ? e5m2_decode(byte) : e4m3_decode(byte)) * s.block * s.outer);
     }
   } else {
+#ifdef CPU_BUILD
+    for (int half = 0; half < 2; half++) {
+      const word8 code = all8(codes.v[half]) >> word8{0, 4, 8, 12, 16, 20, 24, 28}, index = code & 7;
+      const float8 small = 0.5f * __builtin_convertvector(index, float8), large = (float8)((index << 22) + (126u << 23));     // 1 and above
+      const float8 value = (float8)((word8)(index < 2 ? small : large) | ((code & 8) << 28));
+      store8(p.values + at + 8 * half, value * s.block * s.outer);
+    }
+    return;
+#endif
 #pragma unroll
     for (int j = 0; j < 16; j++) out.v[j] = from_float<floatX>(e2m1_decode((int)(codes.v[j / 8] >> (4 * (j % 8)) & 15)) * s.block * s.outer);
   }

@@ -6,6 +6,9 @@
 #include "cuda.cuh"
 
 #ifdef CPU_BUILD
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
 typedef float float8 __attribute__((vector_size(32)));
 typedef uint32_t word8 __attribute__((vector_size(32)));
 #ifdef __clang__
@@ -15,14 +18,30 @@ typedef uint32_t word8 __attribute__((vector_size(32)));
 #endif
 
 __forceinline__ float8 load8(const float* x) { float8 v; memcpy(&v, x, sizeof v); return v; }
+typedef uint16_t half8 __attribute__((vector_size(16)));
 __forceinline__ float8 load8(const bf16* x) {
-  typedef uint16_t half8 __attribute__((vector_size(16)));
   half8 v;
   memcpy(&v, x, sizeof v);
   return (float8)(__builtin_convertvector(v, word8) << 16);
 }
 __forceinline__ void store8(float* x, float8 v) { memcpy(x, &v, sizeof v); }
+__forceinline__ void store8(bf16* x, float8 v) {                               // rounded as by to_bf16()
+  const word8 u = (word8)v, rounded = (u + 0x7fff + (u >> 16 & 1)) >> 16, nan = word8{} + 0x7fff;
+  const half8 h = __builtin_convertvector((u & 0x7fffffffu) > 0x7f800000u ? nan : rounded, half8);
+  memcpy(x, &h, sizeof h);
+}
 __forceinline__ word8 all8(uint32_t x) { return word8{} + x; }
+// The two halves of the products of 32-bit words.
+__forceinline__ void multiply_wide8(word8& high, word8& low, word8 a, uint32_t b) {
+#ifdef __AVX2__
+  const __m256i times = _mm256_set1_epi32((int)b);
+  const __m256i even = _mm256_mul_epu32((__m256i)a, times), odd = _mm256_mul_epu32(_mm256_srli_epi64((__m256i)a, 32), times);
+  low = (word8)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+  high = (word8)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
+#else
+  for (int i = 0; i < 8; i++) { const uint64_t p = (uint64_t)a[i] * b; high[i] = (uint32_t)(p >> 32); low[i] = (uint32_t)p; }
+#endif
+}
 // r[i][j] <- r[j][i]
 __forceinline__ void transpose8(float8 (&r)[8]) {
   float8 p[8], q[8];
