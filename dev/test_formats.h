@@ -270,6 +270,20 @@ inline void test_philox() {
   }
   answers.report("Philox4x32-10: the kernel gives the three published answers, on the device and on the host");
   random.report("Philox4x32-10: kernel and reference agree on random counters and keys");
+#ifdef CPU_BUILD
+  Mismatches eight;
+  for (int i = 0; i < 1000; i++) {
+    const RandomKey key{rng.next(), word(), word()};
+    const uint64_t first = i % 2 ? rng.next() : (uint64_t)word() << 32 | (0xffffffffu - i / 2 % 8);     // where the counter's low word runs over
+    uint4 drawn[8];
+    random_blocks8(drawn, key, first);
+    for (int j = 0; j < 8; j++) {
+      const uint4 one = random_block(key, first + j);
+      eight.add(memcmp(&drawn[j], &one, sizeof one) == 0, "block", (double)j, drawn[j].x, one.x);
+    }
+  }
+  eight.report("eight blocks of random bits at once are those drawn one by one");
+#endif
 }
 
 inline void test_formats() {

@@ -191,7 +191,7 @@ template <class DType> void test_gemm_case(const GemmCase& g, Worst& worst, int&
 }
 
 inline void test_gemm() {
-  const int sizes[][3] = {{1, 1, 1}, {3, 5, 7}, {1, 40, 33}, {40, 1, 16}, {16, 16, 32}, {33, 65, 17}, {96, 128, 64}, {100, 131, 200}, {7, 300, 45}};
+  const int sizes[][3] = {{1, 1, 1}, {3, 5, 7}, {1, 40, 33}, {40, 1, 16}, {16, 16, 32}, {33, 65, 17}, {96, 128, 64}, {100, 131, 200}, {7, 300, 45}, {20, 37, 530}};
   Rng rng(110);
   for (int transposed = 0; transposed < 4; transposed++) {
     Worst worst;
@@ -311,7 +311,37 @@ inline void test_gemm_large() {
   check("and nothing is written beyond the buffers", out.guards);
 }
 #else
+// On the CPU an element is one sum in ascending order, whatever pieces K goes in.
+inline void test_gemm_order() {
+  Rng rng(131);
+  Mismatches order;
+  for (int transposed = 0; transposed < 4; transposed++)
+    for (int K : {cpu_gemm::kDepth - 1, cpu_gemm::kDepth, cpu_gemm::kDepth + 1, 2 * cpu_gemm::kDepth + 21}) {
+      Gemm g;
+      g.M = 110; g.N = 45; g.K = K; g.a_transposed = transposed & 1; g.b_transposed = transposed & 2; g.d_fp32 = true;
+      InputX A(random_array((size_t)g.M * K, rng)), B(random_array((size_t)g.N * K, rng));
+      TestArray<float> D(std::vector<float>((size_t)g.M * g.N, NAN));
+      g.A = A.p; g.lda = g.a_transposed ? g.M : K; g.B = B.p; g.ldb = g.b_transposed ? g.N : K; g.D = D.p; g.ldd = g.N;
+      gemm(g);
+      const std::vector<float> got = D.host();
+      for (int m = 0; m < g.M; m++) for (int n = 0; n < g.N; n++) {
+        float sum = 0;
+        for (int k = 0; k < K; k++) {
+          const float a = (float)A.values[g.a_transposed ? (size_t)k * g.M + m : (size_t)m * K + k], b = (float)B.values[g.b_transposed ? (size_t)k * g.N + n : (size_t)n * K + k];
+#if defined(__FMA__) && defined(__AVX2__)
+          sum = fmaf(a, b, sum);
+#else
+          sum = a * b + sum;
+#endif
+        }
+        const float value = got[(size_t)m * g.N + n];
+        order.add(value == sum, "element", m * g.N + n, value, sum);
+      }
+    }
+  order.report("the CPU's GEMM adds up every element in ascending order, bit for bit, in one piece of K or in several");
+}
 inline void test_gemm_large() {
+  test_gemm_order();
   skip("a large GEMM's algorithm, chosen by its time, gives the bits of the heuristic's first", "the CPU has one algorithm");
 }
 #endif

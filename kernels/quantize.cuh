@@ -243,6 +243,14 @@ template <class T> struct Matrix {
     }
     return run;
   }
+#ifdef CPU_BUILD
+  // A run as floats: without a copy on the way, which vectors would wait for.
+  template <int kN> __forceinline__ void floats(float* to, int r, int c) const {
+    const T* from = x + (size_t)r * cols + c;
+    if (r < rows && c + kN <= cols) for (int j = 0; j < kN; j += 8) store8(to + j, load8(from + j));
+    else for (int j = 0; j < kN; j++) to[j] = at(r, c + j);
+  }
+#endif
 };
 // A packed operand: double quantization, which is for the transposed copies of the backward pass only.
 struct Packed {
@@ -274,6 +282,7 @@ struct Packed {
     }
     return v;
   }
+  template <int kN> __device__ __forceinline__ void floats(float* to, int r, int c) const { const Run<kN> v = run<kN>(r, c); memcpy(to, v.v, sizeof v); }
 };
 
 // The tile of the source that a block turns: 128 source rows (operand columns) of 64. 16 bytes more after every 16 rows put what the lanes of a
@@ -376,8 +385,10 @@ template <class S, bool kTranspose, class Source> struct StripRows {
     for (int c = 0; c < 128; c += 8) {
       float8 r[2][8];
       for (int k = 0; k < 8; k++) {
-        const auto run = x.template run<16>(at.col + c + k, at.row);
-        for (int h = 0; h < 2; h++) for (int j = 0; j < 8; j++) r[h][k][j] = run[8 * h + j];
+        float run[16];
+        x.template floats<16>(run, at.col + c + k, at.row);
+        r[0][k] = load8(run);
+        r[1][k] = load8(run + 8);
       }
       for (int h = 0; h < 2; h++) {
         transpose8(r[h]);
@@ -401,6 +412,8 @@ template <class S, bool kTranspose, class Source> struct StripRows {
         if constexpr (kTranspose) {
 #pragma unroll
           for (int j = 0; j < S::kUnit; j++) v[u][j] = S::kWarp ? to_float(tile[tile_offset<E>(j) + i * S::kDown]) : turned[i][u * S::kUnit + j];
+        } else if constexpr (kOnCpu) {
+          x.template floats<S::kUnit>(v[u], row(i), at.col + u * S::kUnit);
         } else {
           const auto run = x.template run<S::kUnit>(row(i), at.col + u * S::kUnit);
 #pragma unroll
