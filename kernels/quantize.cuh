@@ -33,7 +33,7 @@
 //         loss: E2M1 itself has no NaN and would hide it as 6. Formats without a tensor scale make the block's scale NaN.
 // Source  NVIDIA, arXiv 2509.25149, appendix C; the other papers are named in recipe.cuh. Random bits: philox.cuh.
 // Cost    amax: reads x once, for both copies of a tensor. Codes: reads x once, writes 2 bytes a value (values) or 0.56 (packed). By
-//         estimate 25 operations a value with RN, 35 with SR, 8 more with RHT: a GPU's arithmetic and its memory take about as long.
+//         count in SASS 20 instructions a value with RN, 27 with SR and RHT16: a GPU's arithmetic and its memory take about as long.
 //         Percent of the speed of a copy of the same bytes, values of 32768 x 3072, amax included / known (H100). The first chapter is
 //         dev/quantize_simple.cuh.
 //                                                            row RN     row SR     column RN RHT16   column SR RHT16
@@ -41,6 +41,10 @@
 //             strips in registers; columns by 8-byte loads     58 / 84    50 / 69     21 / 34           20 / 32
 //             columns through shared memory                    57 / 85    49 / 70     39 / 58           35 / 49
 //             fetched ahead; SR by one directed addition       57 / 83    52 / 73     52 / 74           43 / 59
+//             recipe known to the compiler; multiply-adds      65 / 99    63 / 93     56 / 83           55 / 82
+//         The last line counts what a GPU does least of: integer operations, logic, minima (half as many in a time as multiply-adds). SR with
+//         RHT16 went from about 19 of them a value to 9. Further, known / before it: W 16x16 89 / 77, W^T 85 / 79, 4/6 92 / 45, outer 1x128 93 / 71,
+//         with SR and RHT16 78 / 55 by rows and 65 / 49 by columns, MS-EDEN with RHT128 72 / 54 and 59 / 47.
 //         By rows, MXFP4 to nearest and FP8 reach 92 to 98 %, MXFP4 with SR and MXFP8 79; by columns 66 to 85. What did not pay: two blocks of 16
 //         a lane (spills: 1.3 to 1.6 times as long). All 4 rows of a lane at once was not even timed: 158 registers, 8 warps a multiprocessor.
 #pragma once
