@@ -50,9 +50,9 @@ BUILD   := build/$(VARIANT)
 
 WARN     := -Wall -Wextra
 SANITIZERS := -g -fsanitize=address,undefined -fno-sanitize-recover=undefined
-# With g++ 12, -O2 and these parts of -O3: 52 s of compiling instead of 66, and a training step of 98 to 100 ms instead of 104 to 116 (two cores). clang: -O3.
-GCC_OPT  := -O2 -ftree-vectorize -fvect-cost-model=dynamic -fpeel-loops -funswitch-loops --param max-inline-insns-auto=30 --param inline-min-speedup=15 \
-            --param early-inlining-insns=14
+# With g++ 12: 41 s of compiling. With more of -O3 (-fpeel-loops -funswitch-loops, more inlining) 50, and a step takes as long: the hottest loops are
+# written in vectors (kernels/simd.cuh). -O2 alone compiles in about as long as this, and a step takes a tenth to a fifth more. clang: -O3.
+GCC_OPT  := -O2 -ftree-vectorize -fvect-cost-model=dynamic
 OPT      := $(if $(SANITIZE),-O1,$(if $(findstring clang,$(shell $(CXX) --version 2>/dev/null)),-O3,$(GCC_OPT)))
 CPUFLAGS  = -std=c++17 $(OPT) -march=native -ffp-contract=off -fno-math-errno $(WARN) -Wno-unknown-pragmas -Wno-psabi -U_FORTIFY_SOURCE -pthread -DCPU_BUILD \
             $(if $(FP32),-DFP32) $(if $(SANITIZE),$(SANITIZERS))

@@ -70,10 +70,12 @@ inline void adamw_update(float* master, floatX* copy, float* m, float* v, const 
   const AdamWFactors f = adamw_factors(o);
   constexpr int kVec = kOnCpu ? 1 : 4;    // as kMapVec
   const size_t body = n / kVec * kVec, rest = n - body;
-  if (kOnCpu && n % kDecayGroup == 0) {                       // loops over a group are what a CPU's compiler turns into SIMD
+#ifdef CPU_BUILD
+  if (n % kDecayGroup == 0) {                                 // loops over a group are what the compiler turns into SIMD
     if (n) launch(adamw_kernel<kDecayGroup>, flat_grid(n, kDecayGroup), kFlatThreads, 0, master, copy, m, v, grad, grad_scale, n, f, decayed);
     return;
   }
+#endif
   if (decayed && rest) die("AdamW over several parameters: %zu elements are no multiple of %d", n, kVec);
   if (body) launch(adamw_kernel<kVec>, flat_grid(body, kVec), kFlatThreads, 0, master, copy, m, v, grad, grad_scale, body, f, decayed);
   if (rest) launch(adamw_kernel<1>, flat_grid(rest, 1), kFlatThreads, 0, master + body, copy ? copy + body : copy, m + body, v + body, grad + body, grad_scale, rest, f, nullptr);
