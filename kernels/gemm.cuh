@@ -46,8 +46,8 @@ inline const char* gemm_layout(const Gemm& g) {           // for the profile
 // inner loop reads two short contiguous runs and keeps 12 vector accumulators in registers. It goes through K in pieces, so that a piece of
 // a strip of B stays in the first cache while the strips of A pass by from the second; between two pieces the accumulators wait in memory.
 // Each element of D is computed by one thread in one order (k ascending): the result does not depend on the number of cores.
-// Of OpenBLAS's speed in FP32, one core of an EPYC with AVX2, by thread time: 81 to 99 % in the shapes of `make run` (K 128: packing and D are the
-// rest), 85 to 97 % at 1024^3. Where the 6 broadcasts and 12 sums are not unrolled it is half of that: a plain -O2 leaves a loop.
+// Of OpenBLAS's speed in FP32, one core of an EPYC with AVX2, by thread time: 72 to 99 % in the shapes of `make run` (K 128: packing and D are the
+// rest), 79 to 98 % at 1024^3, half of the measurements above 90. Where the 6 broadcasts and 12 sums are not unrolled it is half of that: a plain -O2 leaves a loop.
 namespace cpu_gemm {
 constexpr int kRows = 6, kCols = 16, kDepth = 256;         // of a register tile; and a piece of K: 16 KB of a strip of B
 inline float8 multiply_add(float8 a, float8 b, float8 c) {
