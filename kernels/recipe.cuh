@@ -161,6 +161,17 @@ inline std::vector<Recipe> recipe_table() {
     r.dgrad = {back, from_forward(back)};
     r.wgrad = {back, from_forward(back)};
   }
+  {
+    // What won in our own comparison, part by part (README, dev/results): gap to bf16 .034 with quartet2 alone, .027 with OutControl, .024 with the last
+    // blocks in BF16 as well. OsciReset, an option, is worth .001 to .002; quantizing W and X afresh in the backward pass lost .003.
+    Recipe& r = row("best", "ours: quartet2 with TetraJet-v2's OutControl and NVIDIA's last blocks in BF16; the ablation is in dev/results");
+    const OperandRecipe back = rotated(eden, 128, Signs::fresh), forward = scaled(fp4, ScaleRule::four_six);
+    r.fprop = {forward, forward};
+    r.dgrad = {back, from_forward(back)};
+    r.wgrad = {back, from_forward(back)};
+    r.bf16_last = 0.15f;
+    r.outliers = "outcontrol";
+  }
   for (const bool v4 : {false, true}) {
     // The released code rounds the exponent down (--set fprop.scale=quest_floor); only nearest gives the paper's own error of 1.32e-2.
     Recipe& r = v4 ? row("quartet-v4", "Quartet, arXiv 2505.14669 v4 (January 2026): backward to nearest; exponent to nearest, released code: floor")
