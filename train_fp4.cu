@@ -405,7 +405,7 @@ struct Model {
   int *tokens, *targets, *order, *segment_start, *segment_token;   // (T) each
   std::vector<int> host_tokens;
   floatX *embedded, *final;            // (T,C) each
-  floatX *passing;                     // (T,C or F): ln1, ln2 and act of the blocks whose backward pass does not read them
+  floatX *passing;                     // (T,F): act of the blocks whose backward pass does not read it; their ln1 and ln2 pass by in dnorm
   float *final_mean, *final_rstd, *losses, *rope, *reduce, *norm;
   floatX *logits;                      // (logit_rows, V)
   int logit_rows = 0;
@@ -537,7 +537,7 @@ void allocate_model(Model& m, bool print) {
     a.want(&x.ln1_mean, T, kept); a.want(&x.ln1_rstd, T, kept); a.want(&x.ln2_mean, T, kept); a.want(&x.ln2_rstd, T, kept); a.want(&x.lse, T * c.heads, kept);
   }
   for (auto& [where, bytes] : again) a.want((char**)where, bytes, "a layer's inputs and weights, packed again");
-  if (left_out) a.want(&m.passing, T * max(C, F), flow);
+  if (left_out) a.want(&m.passing, T * F, flow);
   a.want(&m.embedded, T * C, flow); a.want(&m.final, T * C, flow); a.want(&m.final_mean, T, flow); a.want(&m.final_rstd, T, flow);
   // Logits are the largest tensor of a small model: they are computed, turned into their gradient and used up a chunk of rows at a time.
   // A chunk has rows for whole waves of tiles of 128 x 256 in the GEMM with the narrow result, dfinal = dlogits lm_head. Larger chunks add to the
@@ -575,7 +575,8 @@ void allocate_model(Model& m, bool print) {
   if (print && m.training && m.recipe.quantizes() && m.keep == Keep::codes && !codes) printf("  --keep values, not codes: %s; inputs wait in %s, and are quantized again\n", needs_values(m), full);
   a.take();
   if (m.training) { m.dfinal = m.datt = m.dnorm; m.dqkv = m.dact; if (!c.llama) m.dfc = m.dact; }
-  for (int l = 0; l < per_layer; l++) if (!keeps_linear_inputs(m, l)) m.acts[l].ln1 = m.acts[l].ln2 = m.acts[l].act = m.passing;
+  // Not all three in one buffer: GELU's GEMM writes act while it reads ln2, and X^T is packed from ln2 after it.
+  for (int l = 0; l < per_layer; l++) if (!keeps_linear_inputs(m, l)) { m.acts[l].ln1 = m.acts[l].ln2 = m.dnorm; m.acts[l].act = m.passing; }
   m.again.again = true;
   for (int l = 0; l < per_layer && !codes; l++) for (LinearSaved& s : m.acts[l].saved) s = m.again;
   for (int l = per_layer; l < c.layers; l++) m.acts[l] = m.acts[0];
@@ -684,9 +685,10 @@ void forward(Model& m, int B, int S, uint32_t micro_step) {
     attention_forward(a.att, a.lse, a.qkv, B, S, H, G, D);                                               // -> (T,HD)
     linear_forward(control(1), a.mid, a.att, w.out.work, T, H * D, C, r, key(1), m.scratch, saved(1), {w.out_bias.work, x});        // x + (T,HD) -> (T,C)
     norm_forward(m, a.ln2, a.ln2_mean, a.ln2_rstd, a.mid, w.ln2, w.ln2_bias, T);                         // (T,C)
-    linear_forward(control(2), a.fc, a.ln2, w.fc.work, T, C, m.fc_width(), r, key(2), m.scratch, saved(2), {w.fc_bias.work});       // (T,C) -> (T,F), Llama (T,2F)
-    if (c.llama) swiglu_forward(a.act, a.fc, T, F);                                                      // (T,F)
-    else gelu_forward(a.act, a.fc, (size_t)T * F);
+    if (c.llama) {
+      linear_forward(control(2), a.fc, a.ln2, w.fc.work, T, C, m.fc_width(), r, key(2), m.scratch, saved(2));                      // (T,C) -> (T,2F)
+      swiglu_forward(a.act, a.fc, T, F);                                                                 // (T,F)
+    } else linear_forward(control(2), a.act, a.ln2, w.fc.work, T, C, F, r, key(2), m.scratch, saved(2), {w.fc_bias.work, nullptr, a.fc});   // -> (T,F), twice
     linear_forward(control(3), a.result, a.act, w.down.work, T, F, C, r, key(3), m.scratch, saved(3), {w.down_bias.work, a.mid});   // mid + (T,F) -> (T,C)
     x = a.result;
   }

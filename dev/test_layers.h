@@ -11,7 +11,7 @@
 #include "../kernels/adamw.cuh"
 #include "../kernels/attention.cuh"
 #include "../kernels/embedding.cuh"
-#include "../kernels/gemm.cuh"
+#include "../kernels/linear.cuh"
 #include "../kernels/loss.cuh"
 #include "../kernels/mlp.cuh"
 #include "../kernels/norm.cuh"
@@ -250,6 +250,97 @@ inline void test_gemm_exact() {
   }
   plain.report("GEMM of NVFP4 operands equals the integer product exactly (FP32 D), rounded once (floatX D)");
   scaled.report("and with alpha: the exact product times alpha, rounded once in FP32");
+}
+
+// GELU in the GEMM's epilogue, beside the same GEMM without it and gelu_forward(). With s the sum and e what FP32 arithmetic does to it:
+//   gelu_input   s rounded once: kRoundX |s| + e
+//   D            gelu(s) rounded once: kRoundX |gelu(s)| + 1.13 e (GELU's steepest slope), and of the two ways one each:
+//                  the library's  of the FP32 sum, by the hardware's tanh, relative error 2^-11: half of that times |s|; allowed is twice as much
+//                  gelu_forward() of the rounded sum: 1.13 kRoundX |s|
+// so that the two D may differ by the sum of all of this. Where gelu_forward() is what runs, and everywhere on the CPU, they have the same bits.
+struct GeluCase { int M, N, K; bool a_transposed, b_transposed, with_alpha, with_bias, wide; };
+struct GeluResults { Worst sums, values, apart; Mismatches bits, again, rest; int in_gemm = 0, cases = 0, form_n = 0; double to_tanh = 0, to_erf = 0; bool guards = true; };
+inline void test_gemm_gelu_case(const GeluCase& c, GeluResults& out, Rng& rng) {
+  const int ldd = c.N + (c.wide ? 8 : 0);
+  const size_t n = (size_t)c.M * ldd;
+  InputX A(random_array((size_t)c.M * c.K, rng, 2)), B(random_array((size_t)c.N * c.K, rng, c.with_alpha ? 1 : 1 / std::sqrt(c.K))), bias(random_array(c.N, rng));
+  const float alpha = c.with_alpha ? (float)(1 / std::sqrt(c.K)) : 1;           // s: a standard deviation of 2
+  TestArray<float> scalar(std::vector<float>{alpha});
+  const std::vector<floatX> nothing(n, from_float<floatX>(NAN));
+  TestArray<floatX> D(nothing), input(nothing), plain(nothing), activated(n);
+  Gemm g;
+  g.M = c.M; g.N = c.N; g.K = c.K; g.a_transposed = c.a_transposed; g.b_transposed = c.b_transposed;
+  g.A = A.p; g.lda = c.a_transposed ? c.M : c.K; g.B = B.p; g.ldb = c.b_transposed ? c.N : c.K; g.ldd = ldd;
+  g.alpha = c.with_alpha ? scalar.p : nullptr;
+  g.bias = c.with_bias ? bias.p : nullptr;
+  g.D = plain.p;
+  gemm(g);
+  gelu_forward(activated.p, plain.p, n);
+  g.D = D.p; g.gelu_input = input.p;
+  const bool fused = gemm_has_gelu(g);
+  if (!fused && c.wide) return;
+  auto run = [&] {
+    D.set(nothing); input.set(nothing);
+    if (c.wide) gemm(g);
+    else run_gemm(g, {g.A, g.lda, g.a_transposed, nullptr, {}, {}}, {g.B, g.ldb, g.b_transposed, nullptr, {}, {}}, LinearScratch{}, GemmWay::emulated);
+    return D.host();
+  };
+  const std::vector<floatX> got = run(), got_sums = input.host(), again = run(), again_sums = input.host(), sums = plain.host(), apart = activated.host();
+  const size_t step = 1 + (size_t)((double)c.M * c.N * c.K / 2e7);              // a large case: some of its elements
+  const std::string at = shape({c.M, c.N, c.K}) + (c.with_bias ? " bias" : "");
+  double worst_sum = 0, worst = 0, worst_apart = 0;
+  auto raise = [](double& w, double error, double tolerance) { if (!(error / tolerance <= w)) w = error == error ? error / tolerance : INFINITY; };
+  for (size_t i = 0; i < n; i++) {
+    const size_t m = i / ldd, col = i % ldd;
+    const bool inside = (int)col < c.N;
+    out.again.add(!memcmp(&got[i], &again[i], sizeof(floatX)) && !memcmp(&got_sums[i], &again_sums[i], sizeof(floatX)), "element", (double)i, to_float(again[i]), to_float(got[i]));
+    if (!inside) { out.rest.add(!memcmp(&got[i], &nothing[i], sizeof(floatX)) && !memcmp(&got_sums[i], &nothing[i], sizeof(floatX)), "element", (double)i, to_float(got[i]), NAN); continue; }
+    if (kOnCpu || !fused) out.bits.add(!memcmp(&got[i], &apart[i], sizeof(floatX)) && !memcmp(&got_sums[i], &sums[i], sizeof(floatX)), "element", (double)i, to_float(got[i]), to_float(apart[i]));
+    if (i % step) continue;
+    double s = c.with_bias ? bias.values[col] : 0, terms = std::fabs(s);
+    for (size_t k = 0; k < (size_t)c.K; k++) {
+      const double t = alpha * A.values[c.a_transposed ? k * c.M + m : m * c.K + k] * B.values[c.b_transposed ? k * c.N + col : col * c.K + k];
+      s += t; terms += std::fabs(t);
+    }
+    const double e = 2 * kUlp * (2 + std::sqrt(c.K) + c.K / 16.) * terms, value = reference::gelu(s), kernel = 1.13 * kRoundX * std::fabs(s), library = 0x1p-11 * std::fabs(s);
+    const bool by_library = fused && !kOnCpu;
+    raise(worst_sum, std::fabs(to_float(got_sums[i]) - s), kRoundX * std::fabs(s) + e);
+    raise(worst, std::fabs(to_float(got[i]) - value), (kRoundX + 8 * kUlp) * std::fabs(value) + 1.13 * e + 12 * kUlp + (by_library ? library : kernel));
+    raise(worst_apart, std::fabs((double)to_float(got[i]) - to_float(apart[i])),
+          kRoundX * (std::fabs((double)to_float(got[i])) + std::fabs((double)to_float(apart[i]))) + 2 * 1.13 * e + 24 * kUlp + kernel + library);
+    if (s > -3 && s < -2) { out.form_n++; out.to_tanh += to_float(got[i]) - value; out.to_erf += to_float(got[i]) - 0.5 * s * std::erfc(-s / std::sqrt(2.0)); }
+  }
+  out.sums.add(worst_sum, at); out.values.add(worst, at); out.apart.add(worst_apart, at);
+  out.guards = out.guards && D.guard_intact() && input.guard_intact();
+  out.in_gemm += fused; out.cases++;
+#ifndef CPU_BUILD
+  if (!fused) return;
+  D.set(nothing); input.set(nothing);
+  cublas_check_at(run_plan(g, plan_of(g), plan_of(g).first, D.p), "the first algorithm", g);
+  const std::vector<floatX> first = D.host(), first_sums = input.host();
+  for (size_t i = 0; i < n; i++)
+    out.bits.add(!memcmp(&got[i], &first[i], sizeof(floatX)) && !memcmp(&got_sums[i], &first_sums[i], sizeof(floatX)), "element", (double)i, to_float(got[i]), to_float(first[i]));
+#endif
+}
+inline void test_gemm_gelu() {
+  GeluResults out;
+  Rng rng(132);
+  const int sizes[][3] = {{1, 8, 8}, {33, 72, 40}, {96, 128, 64}, {128, 392, 768}, {8, 304, 1032}, {3, 5, 7}, {33, 65, 17}, {40, 1, 16}, {7, 300, 45}, {31, 72, 45}};
+  for (auto& s : sizes) for (int options = 0; options < 8; options++)
+    test_gemm_gelu_case({s[0], s[1], s[2], options == 5, options == 6, (options & 2) != 0, (options & 1) != 0, options > 3}, out, rng);
+  if (!kOnCpu) for (bool with_bias : {true, false}) test_gemm_gelu_case({8200, 1032, 640, false, false, false, with_bias, with_bias}, out, rng);   // many algorithms are tried
+  const std::string count = " (" + std::to_string(out.in_gemm) + " of " + std::to_string(out.cases) + " cases in the GEMM)";
+  out.sums.report("GEMM with GELU: the sum before it, rounded once" + count);
+  out.values.report("GEMM with GELU: D is the GELU of the sum, in the tanh form");
+  out.apart.report("and differs from GEMM and gelu_forward() within the roundings of both ways");
+  out.bits.report(kOnCpu ? "and has their bits, D and the sum" : "and has their bits where gelu_forward() ran, and elsewhere those of the heuristic's first algorithm, D and the sum");
+  out.again.report("and has the same bits the second time");
+  out.rest.report("and elements beyond column N stay");
+  check("and nothing is written beyond the buffers", out.guards);
+  check("GELU on (-3, -2) is nearer to the tanh form than to the exact one", out.form_n > 500 && std::fabs(out.to_tanh) < std::fabs(out.to_erf), "mean difference %.1e, exact form %.1e, of %d",
+        out.to_tanh / out.form_n, out.to_erf / out.form_n, out.form_n);
+  if (kOnCpu || sizeof(floatX) == 2) check("aligned shapes have GELU in the GEMM", out.in_gemm >= 30, "%d cases", out.in_gemm);
+  else check("FP32 has no GELU in the GEMM", out.in_gemm == 0);
 }
 
 // A large GEMM is run many times at its first use, to find the fastest algorithm (choose_fastest() in gemm.cuh). None of it may show in D.
@@ -911,6 +1002,7 @@ inline void test_layers() {
   if (section("layers: GEMM")) {
     test_gemm();
     test_gemm_exact();
+    test_gemm_gelu();
     test_gemm_large();
   }
   if (section("layers: norms, MLP, embedding, loss, gradient norm")) {

@@ -8,12 +8,12 @@
 // where wgrad.x says `source original`, those of X^T, quantized as soon as X is there: 4.5 bits an element (FP8: 8) instead of the 16 of X in
 // BF16, which need not be kept. Further QuEST's masks, one bit an element; and the scales of W for DGE.
 // The other way, `--keep values`: X is kept itself, and the backward pass quantizes everything again, with the same random numbers: the same bits.
-// Bias and residual go in with fprop's GEMM (LinearEpilogue); activations are other kernels' work.
+// Bias, residual and GELU go in with fprop's GEMM (LinearEpilogue), GELU where that GEMM can (run_gemm()); SwiGLU is another kernel's work.
 #pragma once
 #include "estimator.cuh"
 #include "gemm.cuh"
 #include "gemm_fp4.cuh"
-#include "mlp.cuh"        // defines: residual_forward
+#include "mlp.cuh"        // defines: residual_forward, gelu_forward
 #include "quantize.cuh"
 #include "recipe.cuh"
 
@@ -68,7 +68,8 @@ inline bool linear_needs_rotated(const Recipe& r) {
 
 // What is added to X W^T before it is rounded: bias [N] and residual [T,N]; null: nothing. They are not free there: .135 ms a layer, 1.6 ms a step.
 // A kernel of its own for the residual costs 2.5 ms a step, one fused with the norm that follows an estimated 1.8 (GPT-2 124M B64, H100).
-struct LinearEpilogue { const floatX *bias = nullptr, *residual = nullptr; };
+// gelu_input [T,N]: takes that sum, and Y its GELU, which then must not lie where X does. null: Y is the sum.
+struct LinearEpilogue { const floatX *bias = nullptr, *residual = nullptr; floatX* gelu_input = nullptr; };
 
 // What the forward pass leaves for the backward pass of one layer: packed operands. Allocated with want_linear_saved().
 struct LinearSaved {
@@ -192,16 +193,8 @@ inline void save_xt(const floatX* X, int T, int K, const Recipe& r, LinearKey ke
 inline bool share_amax(const OperandRecipe& row, const OperandRecipe& column) {
   return needs_amax(row) && needs_amax(column) && row.rht == 0 && row.format != Format::fp4_vector && column.format != Format::fp4_vector;
 }
-inline void run_gemm(Gemm g, const ReadyOperand& a, const ReadyOperand& b, const LinearScratch& s, GemmWay way) {
-  const int K = rotated_cols(g.K, a.how.rht);
-  g.A = a.data; g.lda = a.ld; g.a_transposed = a.transposed;
-  g.B = b.data; g.ldb = b.ld; g.b_transposed = b.transposed;
-  if (a.amax && b.amax) g.K = a.ld;          // the padding too: zeros, except in a last group that was rotated and is full
-  if (a.amax || b.amax) {
-    gemm_alpha(s.scalars + 2, a.amax, b.amax, a.how, b.how);
-    g.alpha = s.scalars + 2;
-  }
-  if (way == GemmWay::emulated) return gemm(g);
+// On FP4 tensor cores. K: without padding.
+inline void run_gemm_fp4(const Gemm& g, int K, const ReadyOperand& a, const ReadyOperand& b, GemmWay way) {
   GemmFp4 f;
   f.M = g.M; f.N = g.N; f.K = K; f.lda = a.ld; f.ldb = b.ld; f.mx = a.how.format == Format::mxfp4;
   f.a_codes = a.packed.codes; f.a_scales = a.packed.scales; f.a_outer = a.how.outer == Outer::b1x128 ? a.packed.outer : nullptr;
@@ -212,10 +205,25 @@ inline void run_gemm(Gemm g, const ReadyOperand& a, const ReadyOperand& b, const
   gemm_fp4(f, way);
   if (apart) residual_forward((floatX*)g.D, (const floatX*)g.C, (const floatX*)g.D, g.bias, g.M, g.N);
 }
+// With g.gelu_input, rows are as long as N; g.C, if added, is given.
+inline void run_gemm(Gemm g, const ReadyOperand& a, const ReadyOperand& b, const LinearScratch& s, GemmWay way) {
+  const int K = rotated_cols(g.K, a.how.rht);
+  g.A = a.data; g.lda = a.ld; g.a_transposed = a.transposed;
+  g.B = b.data; g.ldb = b.ld; g.b_transposed = b.transposed;
+  if (a.amax && b.amax) g.K = a.ld;          // the padding too: zeros, except in a last group that was rotated and is full
+  if (a.amax || b.amax) {
+    gemm_alpha(s.scalars + 2, a.amax, b.amax, a.how, b.how);
+    g.alpha = s.scalars + 2;
+  }
+  floatX* const activated = g.gelu_input && !(way == GemmWay::emulated && gemm_has_gelu(g)) ? (floatX*)g.D : nullptr;      // by a kernel of its own
+  if (activated) { g.D = g.gelu_input; g.gelu_input = nullptr; }
+  if (way == GemmWay::emulated) gemm(g); else run_gemm_fp4(g, K, a, b, way);
+  if (activated) gelu_forward(activated, (const floatX*)g.D, (size_t)g.M * g.N);
+}
 
 // ------------------------------------------------------------------ the layer
-// Y = X W^T + bias + residual. saved: where the operands for the backward pass are kept; null without a backward pass. rows_known: with a scale for
-// each row of X, s.tiles holds the largest of each already.
+// Y = X W^T + bias + residual, or the GELU of that. saved: where the operands for the backward pass are kept; null without a backward pass.
+// rows_known: with a scale for each row of X, s.tiles holds the largest of each already.
 inline void linear_forward(floatX* Y, const floatX* X, const floatX* W, int T, int K, int N, const Recipe& r, LinearKey key,
                            const LinearScratch& s, LinearSaved* saved = nullptr, LinearEpilogue add = {}, bool rows_known = false) {
   // Outlier control (outliers.cuh) works around this function: it hands in X clamped, or some columns of X and W, and adds the rest to Y.
@@ -226,7 +234,8 @@ inline void linear_forward(floatX* Y, const floatX* X, const floatX* W, int T, i
                                          both ? s.scalars + 3 : rows_known ? s.scalars : nullptr);
   const ReadyOperand w = prepare_operand(r.fprop.w, {kFpropW, kFpropX, key, way}, W, N, K, false, s, saved && saves_w(r) ? &saved->w : nullptr);
   Gemm g;
-  g.M = T; g.N = N; g.K = K; g.D = Y; g.ldd = N; g.bias = add.bias; g.C = add.residual; g.accumulate = add.residual != nullptr;
+  g.M = T; g.N = N; g.K = K; g.D = Y; g.ldd = N;
+  g.bias = add.bias; g.C = add.residual; g.accumulate = add.residual != nullptr; g.gelu_input = add.gelu_input;
   run_gemm(g, x, w, s, way);
   save_xt(X, T, K, r, key, s, saved, both);
 }

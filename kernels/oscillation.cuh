@@ -277,7 +277,8 @@ inline void linear_forward_toward(floatX* Y, const floatX* X, const floatX* W, i
   const ReadyOperand x = prepare_operand(r.fprop.x, {kFpropX, kFpropX, key, way}, X, T, K, false, s, saved && saves_x(r) ? &saved->x : nullptr);
   const ReadyOperand w = prepare_toward(W, N, K, r, key, way, s, saved, q);
   Gemm g;
-  g.M = T; g.N = N; g.K = K; g.D = Y; g.ldd = N; g.bias = add.bias; g.C = add.residual; g.accumulate = add.residual != nullptr;
+  g.M = T; g.N = N; g.K = K; g.D = Y; g.ldd = N;
+  g.bias = add.bias; g.C = add.residual; g.accumulate = add.residual != nullptr; g.gelu_input = add.gelu_input;
   run_gemm(g, x, w, s, way);
   save_xt(X, T, K, r, key, s, saved);
 }

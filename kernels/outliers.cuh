@@ -360,6 +360,10 @@ inline void add_product(void* D, int M, int N, int K, const floatX* A, int lda, 
 inline void linear_forward(const LayerControl& how, floatX* Y, const floatX* X, const floatX* W, int T, int K, int N, const Recipe& r,
                            LinearKey key, const LinearScratch& s, LinearSaved* saved, LinearEpilogue add = {}) {
   const OutlierScratch& o = how.scratch;
+  if (add.gelu_input && (how.split || how.occ)) {              // GELU comes after what these add
+    linear_forward(how, add.gelu_input, X, W, T, K, N, r, key, s, saved, {add.bias, add.residual});
+    return gelu_forward(Y, add.gelu_input, (size_t)T * N);
+  }
   if (how.collect) add_column_norms(how.collect, X, T, K, o.norms);
   if (how.split) {
     const ColumnSets<floatX> x = column_sets(o.x, T, *how.split), w = column_sets(o.w, N, *how.split);
