@@ -152,6 +152,20 @@ inline void bench() {
     device_free(a); device_free(b); device_free(d);
   }
 
+  {                                                         // GELU in the GEMM's epilogue, and apart
+    floatX *a = bench_random<floatX>((size_t)T * C), *b = bench_random<floatX>((size_t)F * C), *bias = bench_random<floatX>(F);
+    Gemm g;
+    g.M = T; g.N = F; g.K = C; g.A = a; g.lda = C; g.B = b; g.ldb = C; g.D = y; g.ldd = F; g.bias = bias;
+    const double apart = bench_seconds([&] { gemm(g); gelu_forward(z, y, n); });
+    g.D = z; g.gelu_input = y;
+    const bool has = gemm_has_gelu(g);
+    const double fused = has ? bench_seconds([&] { gemm(g); }) : 0;
+    printf("  fprop %6d x %6d x %6d + bias, then GELU %22.2f ms, in its epilogue ", T, F, C, apart * 1e3);
+    if (has) printf("%.2f ms\n", fused * 1e3);
+    else printf("not here\n");
+    device_free(a); device_free(b); device_free(bias);
+  }
+
   printf("\nattention, causal: flops 2 S^2 D a head forward, 2.5 times that backward (the kernels recompute and do more)\n");
   for (int D : {64, 128}) {
     const int h = C / D, kv = h, width = (h + 2 * kv) * D;

@@ -1282,6 +1282,38 @@ inline void test_keep_layer() {
     check(std::string(row) + " " + names[control] + ": quantized again in the backward pass, dX and dW have the same bits", dx[0] == dx[1] && dw[0] == dw[1], "relative differences %.1e, %.1e", rel_error(dx[1], dx[0]), rel_error(dw[1], dw[0]));
   }
 }
+// GELU after a layer, under every control: what linear_forward() does with gelu_input is what it does without, and then gelu_forward(). The same bits,
+// but for a GPU's epilogue, where a different order of sums may turn a rounding, and GELU is of the sum before that.
+inline void test_gelu_layer() {
+  Rng rng(74);
+  const int T = 48, K = 160, N = 96;
+  const Floats x = normals(rng, (size_t)T * K), w = normals(rng, (size_t)N * K, 0.1), dy = normals(rng, (size_t)T * N);
+  Device<floatX> bias(to_x(normals(rng, N)));
+  Floats average = w;
+  for (float& a : average) a += (float)(rng.normal() * 0.003);
+  std::vector<int> order(K);
+  for (int i = 0; i < K; i++) order[i] = (i * 7) % K;
+  Device<float> dev_average(average);
+  Device<int> columns(order);
+  const OutlierLayer outliers = {K, 32, columns.p, nullptr};
+  const char* names[] = {"alone", "with OCC", "with OutControl", "with Q-EMA", "with OutControl and Q-EMA"};
+  for (const char* row : {"bf16", "nvfp4", "tetrajet"}) for (int control = 0; control < (row[0] == 'b' ? 1 : 5); control++) {
+    const bool adds = control == 1 || control == 2 || control == 4;
+    Layer layer(row_with(row, {"outliers=none"}), T, K, N, x, w, dy);
+    layer.how.occ = control == 1;
+    if (control == 2 || control == 4) layer.how.split = &outliers;
+    layer.how.toward.average = control > 2 ? dev_average.p : nullptr;
+    Device<floatX> act((size_t)T * N), sums((size_t)T * N), apart((size_t)T * N);
+    auto forward = [&](floatX* Y, LinearEpilogue add) { linear_forward(layer.how, Y, layer.dx_x.p, layer.dev_w.p, T, K, N, layer.r, layer.key(), layer.s, &layer.saved, add); };
+    forward(act.p, {bias.p, nullptr, sums.p});
+    forward(layer.y.p, {bias.p});
+    gelu_forward(apart.p, layer.y.p, (size_t)T * N);
+    const Floats got = from_x(act.get()), got_sums = from_x(sums.get()), want = from_x(apart.get()), want_sums = from_x(layer.y.get());
+    const bool same = got == want && got_sums == want_sums, exact = kOnCpu || adds;
+    check(std::string(row) + " " + names[control] + ": GELU by linear_forward() is that of gelu_forward()" + (exact ? ", bit for bit" : ""),
+          exact ? same : rel_error(got, want) < 2 * kResult && rel_error(got_sums, want_sums) < kResult, "relative differences %.1e, before GELU %.1e", rel_error(got, want), rel_error(got_sums, want_sums));
+  }
+}
 inline void test_keep_model() {
   const int B = 2, S = 40;
   Rng rng(73);
@@ -1289,13 +1321,14 @@ inline void test_keep_model() {
   for (int& t : tokens) t = rng.below(250);
   for (int& t : targets) t = rng.below(250);
   struct Run { Floats weights; std::vector<double> losses; bool codes; };
+  ModelConfig config = tiny_llama();
   auto run = [&](const char* recipe, const std::vector<std::string>& set, GemmWay way, Keep keep, int steps) {
     Options o;
     o.recipe = recipe; o.set = set; o.outliers = "none";
     Model m;
     m.keep = keep;
     m.scratch.ways = {way, way, way};
-    start(m, o, tiny_llama(), B, S);
+    start(m, o, config, B, S);
     Run r;
     for (int step = 0; step < steps; step++) {
       r.losses.push_back(accumulate_gradients(m, B, S, 1, (uint32_t)step, [&](int) { load_batch(m, tokens.data(), targets.data(), B, S); }));
@@ -1312,7 +1345,7 @@ inline void test_keep_model() {
     const Run codes = run(recipe, set, way, Keep::codes, steps), values = run(recipe, set, way, Keep::values, steps);
     std::string words;
     for (const std::string& s : set) words += " --set " + s;
-    check(recipe + words + (way == GemmWay::mma ? ", through the mma kernel: " : ": ") + std::to_string(steps) + " steps with --keep codes and with --keep values give the same losses and weights, bit for bit",
+    check(recipe + words + (config.llama ? "" : ", GPT-2") + (way == GemmWay::mma ? ", through the mma kernel: " : ": ") + std::to_string(steps) + " steps with --keep codes and with --keep values give the same losses and weights, bit for bit",
           codes.weights == values.weights && codes.losses == values.losses && codes.codes && !values.codes, "loss %.5f", codes.losses.back());
   };
   auto bytes = [&](const char* recipe, Keep keep) {                     // of everything, with enough tokens that the inputs outweigh the padding of scales
@@ -1339,6 +1372,11 @@ inline void test_keep_model() {
   compare("quartet2", GemmWay::emulated, 2, {"wgrad.x.source=original", "wgrad.rounding=eden128"});
   compare("quartet-v4", GemmWay::emulated, 2, {"wgrad.x.source=original", "estimator.w=ste"});
   compare("nvfp4", GemmWay::emulated, 2, {"wgrad.x.format=exact", "wgrad.dy.format=exact"});
+  config.llama = false; config.kv_heads = config.heads; config.ffn = 256; config.tied = true;       // GELU's GEMM writes act, and ln2 is still wanted
+  compare("nvfp4", GemmWay::emulated, 3);
+  compare("nvfp4", GemmWay::mma, 2);
+  compare("tetrajet2", GemmWay::emulated, 2);
+  compare("nvfp4", GemmWay::emulated, 3, {"fprop.x.format=bf16", "fprop.w.format=bf16"});           // there the GEMM reads ln2 itself
 }
 inline void test_keep_forced() {
   struct Case { const char* what; const char* recipe; const char* outliers; double bf16_from; const char* bf16_what; int fqt_every; const char* says; };
@@ -1381,6 +1419,7 @@ inline void test_control() {
   }
   if (section("precision late in training")) { test_switches(); test_monitor(); }
   if (section("--keep: codes or values for the backward pass")) { test_unpack(); test_keep_layer(); test_keep_forced(); }
+  if (section("GELU after a linear layer")) test_gelu_layer();
 }
 // The program, with options of control, and what takes long. Needs ./train_fp4 beside this program.
 inline void test_control_program() {
