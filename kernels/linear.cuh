@@ -206,6 +206,7 @@ inline void run_gemm_fp4(const Gemm& g, int K, const ReadyOperand& a, const Read
   if (apart) residual_forward((floatX*)g.D, (const floatX*)g.C, (const floatX*)g.D, g.bias, g.M, g.N);
 }
 // With g.gelu_input, rows are as long as N; g.C, if added, is given.
+// (cuBLASLt's GELU is of the FP32 sum: on a GPU the steps of a GPT-2 through FP4 tensor cores equal the emulation's up to that rounding only.)
 inline void run_gemm(Gemm g, const ReadyOperand& a, const ReadyOperand& b, const LinearScratch& s, GemmWay way) {
   const int K = rotated_cols(g.K, a.how.rht);
   g.A = a.data; g.lda = a.ld; g.a_transposed = a.transposed;
