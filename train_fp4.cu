@@ -549,14 +549,19 @@ void allocate_model(Model& m, bool print) {
   a.want(&m.logits, max((size_t)m.logit_rows * m.V, attention), "logits, a chunk of rows");         // attention's backward pass has its scratch there
   a.want(&m.tokens, T, small); a.want(&m.targets, T, small); a.want(&m.losses, T, small); a.want(&m.norm, 2, small);
   if (c.llama) a.want(&m.rope, (size_t)m.S * c.head_dim, small);
-  size_t quantized = 0, tiles = 0;
+  size_t quantized = 0, third = 0, tiles = 0;
   const int shapes[4][2] = {{c.channels, m.qkv_width()}, {m.att_width(), c.channels}, {c.channels, m.fc_width()}, {c.ffn, c.channels}};   // {K, N}
-  for (auto& s : shapes) { quantized = max(quantized, linear_scratch_elements((int)T, s[0], s[1])); tiles = max(tiles, linear_tile_words((int)T, s[0], s[1])); }
-  if (m.recipe.quantizes()) for (int i = 0; i < 2; i++) a.want(&m.scratch.values[i], quantized, "operands of the GEMM in flight");
-  if (m.scratch.ways.any_native()) for (int i = 0; i < 2; i++) {              // FP4 tensor cores take codes and scales
-    a.want(&m.scratch.codes[i], quantized / 2, "operands of the GEMM in flight");
-    a.want(&m.scratch.scales[i], quantized / 16, "operands of the GEMM in flight");
-    a.want(&m.scratch.outer[i], quantized / 128, "operands of the GEMM in flight");
+  for (auto& s : shapes) {
+    quantized = max(quantized, linear_scratch_elements((int)T, s[0], s[1]));
+    tiles = max(tiles, linear_tile_words((int)T, s[0], s[1]));
+    if (m.training && linear_wants_third(m.recipe)) third = max(third, linear_third_elements(s[0], s[1]));
+  }
+  for (size_t i = 0, n; m.recipe.quantizes() && i < (third ? 3 : 2); i++) {
+    a.want(&m.scratch.values[i], n = i == 2 ? third : quantized, "operands of the GEMM in flight");
+    if (!m.scratch.ways.any_native()) continue;                               // FP4 tensor cores take codes and scales
+    a.want(&m.scratch.codes[i], n / 2, "operands of the GEMM in flight");
+    a.want(&m.scratch.scales[i], n / 16, "operands of the GEMM in flight");
+    a.want(&m.scratch.outer[i], n / 128, "operands of the GEMM in flight");
   }
   if (linear_needs_rotated(m.recipe)) a.want(&m.scratch.rotated, quantized, "an operand before rounding, FP32");
   a.want(&m.scratch.tiles, tiles, small); a.want(&m.scratch.scalars, kLinearScalars, small);

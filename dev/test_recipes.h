@@ -480,6 +480,60 @@ inline void test_strip_forms() {
 inline void test_strip_forms() { skip("a warp a strip and a thread a strip give the same bits", "the CPU's build compares them"); }
 #endif
 
+// Both copies of a matrix from one reading, and both maxima: the bits of quantize(), once for each copy. Squares at the edges, several for a block, rows
+// that do not start on 16 bytes (then there are two kernels); and pairs that no kernel is known for.
+inline void test_both_copies() {
+  Mismatches m, amax;
+  Rng rng(182);
+  const std::string sr = "nvfp4 rounding=stochastic", sr16 = sr + " rht=16 signs=fixed", outer = sr + " outer=1x128 rht=16 signs=fresh", eden = "nvfp4 rounding=eden16 rht=128 signs=fresh";
+  const std::pair<std::string, std::string> pairs[] = {{sr, sr16}, {sr, sr}, {outer, outer}, {eden, eden}, {"nvfp4", "nvfp4 rht=16 signs=fixed"},
+                                                       {sr16, "nvfp4 blocks=16x16 scale=four_six"}, {"nvfp4 rounding=eden16 rht=64 signs=fresh", eden}, {"fp8_e5m2", "mxfp4 scale=ocp rht=32 signs=fresh"}};
+  for (const auto& [row_text, column_text] : pairs) {
+    const OperandRecipe row = operand_of(row_text), column = operand_of(column_text);
+    const std::string text = row_text + " / " + column_text;
+    for (auto [rows, cols] : {std::pair(37, 304), std::pair(150, 72), std::pair(400, 296), std::pair(256, 128), std::pair(131, 66), std::pair(8, 8)}) {
+      TestArray<bf16> x(narrow<bf16>(widen(as_stored<bf16>(quantizer_data(kHeavyTail, rows, cols, 183)))));
+      for (int form = 0; form < 4; form++) {                   // values, packed, both, and X's: values and packed
+        QuantizeHow how = random_key(rng, false), turned = random_key(rng, true);
+        how.recipe = row;
+        turned.recipe = column;
+        for (QuantizeHow* h : {&how, &turned}) if (h->recipe.signs == Signs::fixed) h->sign_bits[0] = kTestSigns;
+        const bool row_packed = form == 1 || form == 2, values = form != 1, column_packed = form != 0, column_values = form == 0 || form == 2;
+        OperandOnDevice a(row, rows, cols, row_packed, values), b(column, cols, rows, column_packed, column_values);
+        OperandOnDevice c(row, rows, cols, row_packed, values), d(column, cols, rows, column_packed, column_values);
+        TestArray<uint32_t> groups(max(group_words(rows, round_up(cols, 128)), group_words(cols, round_up(rows, 128))));
+        quantize_both<true>(a.out, how, b.out, turned, (const bf16*)x.p, groups.p);
+        quantize(c.out, (const bf16*)x.p, how, c.groups.p);
+        quantize(d.out, (const bf16*)x.p, turned, d.groups.p);
+        compare_operands(m, a.read(row), c.read(row), text + ", rows");
+        compare_operands(m, b.read(column), d.read(column), text + ", columns");
+        m.add(x.guard_intact() && groups.guard_intact(), "guard", 0, 0, 0);
+      }
+      if (!share_amax(row, column)) continue;
+      for (int trial = 0; trial < 6; trial++) {                // the largest element in a corner, or anywhere
+        std::vector<float> spiked = random_matrix(rows, cols, 184 + trial);
+        spiked[trial == 0 ? spiked.size() - 1 : trial == 1 ? 0 : (size_t)rng.below(spiked.size())] = trial % 2 ? -50.f : 50.f;
+        TestArray<bf16> y(narrow<bf16>(widen(as_stored<bf16>(spiked))));
+        TestArray<float> both(2);
+        QuantizeHow how = random_key(rng, false), turned = random_key(rng, true);
+        how.recipe = row;
+        turned.recipe = column;
+        amax_of_both<true>(both.p, both.p + 1, (const bf16*)y.p, rows, cols, how, turned);
+        OperandOnDevice a(row, rows, cols), b(column, cols, rows);
+        quantize(a.out, (const bf16*)y.p, how, a.groups.p);
+        quantize(b.out, (const bf16*)y.p, turned, b.groups.p);
+        amax.add(both.host()[0] == a.amax.host()[0], (text + ", rows").c_str(), rows, both.host()[0], a.amax.host()[0]);
+        amax.add(both.host()[1] == b.amax.host()[0], (text + ", columns").c_str(), rows, both.host()[1], b.amax.host()[0]);
+      }
+    }
+  }
+  m.report("both copies of a matrix in one reading have the bits of two readings");
+  amax.report("so have both maxima, where either is rotated");
+  std::string known;
+  for (const Recipe& r : recipe_table()) if (linear_wants_third(r)) known += (known.empty() ? "" : " ") + r.name;
+  check("one kernel makes both copies of dY in nvfp4, nvfp4-46, tetrajet2, quartet2 and fqt", known == "nvfp4 nvfp4-46 tetrajet2 quartet2 fqt", "%s", known.c_str());
+}
+
 // Double quantization: from every packed format, what quantize() makes of its dequantized values in FP32; also from codes and scales that no quantizer
 // writes: the whole range of E8M0 and of the outer scales, E4M3's subnormals, NaN and infinity. Sizes: ragged; several tiles for a block.
 template <bool kWarp> void packed_source_form(Mismatches& m, OperandOnDevice& from, const OperandRecipe& from_how, const OperandBytes& want, const OperandRecipe& o, const QuantizeHow& how,
@@ -836,17 +890,17 @@ inline LayerData gaussian_layer(int T, int K, int N, uint64_t seed) {
   return {T, K, N, random_matrix(T, K, seed), random_matrix(N, K, seed + 1), random_matrix(T, N, seed + 2)};
 }
 
-inline LayerRun run_layer(const Recipe& recipe, const LayerData& d, LinearKey key, bool x_kept = true, bool with_xt = false) {
+inline LayerRun run_layer(const Recipe& recipe, const LayerData& d, LinearKey key, bool x_kept = true, bool with_xt = false, bool with_third = true) {
   const int T = d.T, K = d.K, N = d.N;
   auto load = [](const std::vector<float>& x) { return narrow<floatX>(widen(x)); };
   std::vector<float> before((size_t)N * K);                                         // what dW holds already: it is added to
   for (size_t i = 0; i < before.size(); i++) before[i] = (float)(i % 7) / 4;
   TestArray<floatX> X(load(d.X)), W(load(d.W)), dY(load(d.dY)), Y((size_t)T * N), dX((size_t)T * K);
   TestArray<float> dW(before), scalars(kLinearScalars), rotated(linear_scratch_elements(T, K, N));
-  TestArray<floatX> first(linear_scratch_elements(T, K, N)), second(linear_scratch_elements(T, K, N));
+  TestArray<floatX> first(linear_scratch_elements(T, K, N)), second(linear_scratch_elements(T, K, N)), third(linear_third_elements(K, N));
   TestArray<uint32_t> tiles(linear_tile_words(T, K, N));
   LinearScratch scratch;
-  scratch.values[0] = first.p; scratch.values[1] = second.p; scratch.tiles = tiles.p; scratch.scalars = scalars.p;
+  scratch.values[0] = first.p; scratch.values[1] = second.p; scratch.values[2] = with_third ? third.p : nullptr; scratch.tiles = tiles.p; scratch.scalars = scalars.p;
   if (linear_needs_rotated(recipe)) scratch.rotated = rotated.p;
   LinearSaved saved;
   std::vector<std::function<void()>> release;
@@ -862,7 +916,7 @@ inline LayerRun run_layer(const Recipe& recipe, const LayerData& d, LinearKey ke
   for (size_t i = 0; i < before.size(); i++) r.dW[i] -= before[i];
   for (bool intact : {X.guard_intact(), W.guard_intact(), dY.guard_intact(), Y.guard_intact(), dX.guard_intact(), dW.guard_intact(),
       scalars.guard_intact(), rotated.guard_intact(), first.guard_intact(),
-                      second.guard_intact(), tiles.guard_intact()}) r.guards = r.guards && intact;
+                      second.guard_intact(), third.guard_intact(), tiles.guard_intact()}) r.guards = r.guards && intact;
   for (auto& f : release) f();
   return r;
 }
@@ -930,12 +984,14 @@ inline void test_layers_of_all_recipes() {
   const LinearKey key = {77, 5, 3};
   for (const Recipe& row : recipes_and_variants()) {
     double worst_y = 0, worst_x = 0, worst_w = 0;
-    bool guards = true;
+    bool guards = true, alike = true;
     for (auto& size : {std::array<int, 3>{128, 128, 128}, {65, 72, 40}, {33, 200, 136}}) {
       LayerData d = gaussian_layer(size[0], size[1], size[2], 131);
       for (size_t i = 0; i < d.X.size(); i += 97) d.X[i] *= 16;              // outliers, so that masks and rotations have something to do
       const bool with_xt = can_save_xt(row);
       const LayerRun got = run_layer(row, d, key, keeps_x(row) && !with_xt, with_xt), want = oracle_layer(row, d, key);
+      const LayerRun apart = run_layer(row, d, key, true, false, false);       // dY's copies one by one, X^T in the backward pass
+      alike = alike && apart.Y == got.Y && apart.dX == got.dX && apart.dW == got.dW;
       const double y = rel_error(got.Y, want.Y), x = rel_error(got.dX, want.dX), w = rel_error(got.dW, want.dW);
       if (!(y <= worst_y)) worst_y = y;
       if (!(x <= worst_x)) worst_x = x;
@@ -949,6 +1005,7 @@ inline void test_layers_of_all_recipes() {
     check(row.name + ": Y, dX and dW of a linear layer equal the oracle's at three shapes, also with X gone where it need not be kept", guards &&
         worst_y < bf16_noise + operand_noise && worst_x < bf16_noise + operand_noise && worst_w < operand_noise,
           "relative errors %.1e, %.1e, %.1e", worst_y, worst_x, worst_w);
+    check(row.name + ": the same bits with the copies of X and dY made at once, and one by one", alike);
   }
 }
 
@@ -1368,7 +1425,7 @@ inline void test_recipe_training() {
 
 // Among the kernels' checks: in both thread orders.
 inline void test_quantizer_forms() {
-  if (section("quantizers: a warp a strip, a thread a strip, a thread a block")) { test_strip_forms(); test_packed_sources(); test_simple_quantizer(); }
+  if (section("quantizers: a warp a strip, a thread a strip, a thread a block")) { test_strip_forms(); test_both_copies(); test_packed_sources(); test_simple_quantizer(); }
 }
 inline void test_recipes() {
   if (section("recipes: quantizers")) {

@@ -42,20 +42,32 @@ inline SignBits rotation_signs(const OperandRecipe& how, OperandIndex first, Lin
 constexpr int kLinearScalars = 5;
 // Scratch for the two quantized operands of the GEMM in flight.
 struct LinearScratch {
-  floatX* values[2] = {};                   // each linear_scratch_elements(...) elements
+  floatX* values[3] = {};                   // linear_scratch_elements(...) elements; the third linear_third_elements(...), or null
   uint32_t* tiles = nullptr;                // linear_tile_words(...): maxima of 16x16 tiles and other groups of blocks
   float* scalars = nullptr;                 // kLinearScalars: amax of operand 1, of operand 2, alpha; amax of dY (or X) and of its rotated transpose
   float* rotated = nullptr;                 // linear_scratch_elements(...), if linear_needs_rotated(recipe): an operand before rounding, or a
                                             // gradient before un-rotation
   Fp4Ways ways;                             // what multiplies FP4 operands: the emulation, or FP4 tensor cores, which take them packed:
-  uint8_t *codes[2] = {}, *scales[2] = {};  // elements/2 and elements/16 bytes; only where a way is native
-  float* outer[2] = {};                     // elements/128
+  uint8_t *codes[3] = {}, *scales[3] = {};  // elements/2 and elements/16 bytes; only where a way is native
+  float* outer[3] = {};                     // elements/128
+  // The same with these for its two operands.
+  LinearScratch with_slots(int first, int second) const {
+    LinearScratch s = *this;
+    for (int i = 0; i < 2; i++) {
+      const int from = i ? second : first;
+      s.values[i] = values[from]; s.codes[i] = codes[from]; s.scales[i] = scales[from]; s.outer[i] = outer[from];
+    }
+    return s;
+  }
 };
 // Elements that one quantized operand of a layer with these shapes may take, whatever the size of its rotation.
 inline size_t linear_scratch_elements(int T, int K, int N) {
   const size_t t = round_up(T, 128), k = round_up(K, 128), n = round_up(N, 128);
   return max(max(t * k, t * n), n * k);
 }
+// The third operand in scratch memory, where both copies of dY are made at once: W^T of dgrad. dY^T waits in the second slot, X^T then takes the first.
+inline size_t linear_third_elements(int K, int N) { return (size_t)round_up(K, 128) * round_up(N, 128); }
+inline bool linear_wants_third(const Recipe& r) { return pair_is_known(r.dgrad.dy, r.wgrad.dy); }
 inline size_t linear_tile_words(int T, int K, int N) {
   T = round_up(T, 128), K = round_up(K, 128), N = round_up(N, 128);        // a rotated operand has whole groups of columns, and its transpose of rows
   return max(group_words(T, K), max(group_words(T, N), group_words(N, K)));
@@ -165,14 +177,11 @@ inline ReadyOperand prepare_forward_operand(const OperandRecipe& how, OperandPla
   return {out.values, out.ld, false, out.amax, how, out};
 }
 // The packed form alone, for later: x, or x^T, into the arrays of `save`.
-inline void save_operand(const OperandRecipe& how, OperandPlace place, const floatX* x, int rows, int cols, bool transpose, const LinearScratch& s, Operand4* save,
-                         bool amax_known = false) {
+inline void save_operand(const OperandRecipe& how, OperandPlace place, const floatX* x, int rows, int cols, bool transpose, const LinearScratch& s, Operand4* save) {
   save->rows = transpose ? cols : rows;
   save->cols = transpose ? rows : cols;
   save->ld = operand_ld(rotated_cols(save->cols, how.rht));
-  QuantizeHow q = quantize_how(how, place, transpose);
-  q.amax_known = amax_known;
-  quantize(*save, x, q, s.tiles);
+  quantize(*save, x, quantize_how(how, place, transpose), s.tiles);
   save->cols = rotated_cols(save->cols, how.rht);
 }
 // And what became of it: ready for FP4 tensor cores as it is; for the emulation, its values.
@@ -186,12 +195,19 @@ inline ReadyOperand saved_operand(const OperandRecipe& how, OperandPlace place, 
 }
 inline OperandPlace xt_place(LinearKey key) { return {kWgradX, kWgradDy, key, GemmWay::emulated}; }
 inline bool saves_xt(const Recipe& r, const LinearSaved* saved) { return saved && saved->xt.codes && can_save_xt(r); }
-inline void save_xt(const floatX* X, int T, int K, const Recipe& r, LinearKey key, const LinearScratch& s, LinearSaved* saved, bool amax_known = false) {
-  if (saves_xt(r, saved)) save_operand(r.wgrad.x, xt_place(key), X, T, K, true, s, &saved->xt, amax_known);
+inline void save_xt(const floatX* X, int T, int K, const Recipe& r, LinearKey key, const LinearScratch& s, LinearSaved* saved) {
+  if (saves_xt(r, saved)) save_operand(r.wgrad.x, xt_place(key), X, T, K, true, s, &saved->xt);
 }
-// Do the row copy of a tensor and its column copy each want a scale of the whole tensor, so that one reading of it serves both?
-inline bool share_amax(const OperandRecipe& row, const OperandRecipe& column) {
-  return needs_amax(row) && needs_amax(column) && row.rht == 0 && row.format != Format::fp4_vector && column.format != Format::fp4_vector;
+// x [rows, cols] as it is and, packed into the arrays of `save`, x^T.
+inline ReadyOperand prepare_both(const OperandRecipe& how, OperandPlace place, const OperandRecipe& turned, OperandPlace turned_place, const floatX* x, int rows,
+                                 int cols, const LinearScratch& s, Operand4* save) {
+  Operand4 out = operand_frame(how, place, rows, cols, false, s, nullptr);
+  save->rows = cols;
+  save->cols = rows;
+  save->ld = operand_ld(rotated_cols(rows, turned.rht));
+  quantize_both(out, quantize_how(how, place, false), *save, quantize_how(turned, turned_place, true), x, s.tiles);
+  save->cols = rotated_cols(rows, turned.rht);
+  return {out.values, out.ld, false, out.amax, how, out};
 }
 // On FP4 tensor cores. K: without padding.
 inline void run_gemm_fp4(const Gemm& g, int K, const ReadyOperand& a, const ReadyOperand& b, GemmWay way) {
@@ -230,15 +246,16 @@ inline void linear_forward(floatX* Y, const floatX* X, const floatX* W, int T, i
   // Outlier control (outliers.cuh) works around this function: it hands in X clamped, or some columns of X and W, and adds the rest to Y.
   const GemmWay way = fp4_way_of(r.fprop.x, r.fprop.w, s.ways);
   const bool both = saves_xt(r, saved) && !saves_x(r) && share_amax(r.fprop.x, r.wgrad.x);
-  if (both) amax_of_both(s.scalars + 3, saved->xt.amax, X, T, K, quantize_how(r.wgrad.x, xt_place(key), true));
-  const ReadyOperand x = prepare_operand(r.fprop.x, {kFpropX, kFpropX, key, way}, X, T, K, false, s, saved && saves_x(r) ? &saved->x : nullptr,
-                                         both ? s.scalars + 3 : rows_known ? s.scalars : nullptr);
+  const OperandPlace x_place = {kFpropX, kFpropX, key, way};
+  const ReadyOperand x = both ? prepare_both(r.fprop.x, x_place, r.wgrad.x, xt_place(key), X, T, K, s, &saved->xt)
+                              : prepare_operand(r.fprop.x, x_place, X, T, K, false, s, saved && saves_x(r) ? &saved->x : nullptr,
+                                                rows_known ? s.scalars : nullptr);
   const ReadyOperand w = prepare_operand(r.fprop.w, {kFpropW, kFpropX, key, way}, W, N, K, false, s, saved && saves_w(r) ? &saved->w : nullptr);
   Gemm g;
   g.M = T; g.N = N; g.K = K; g.D = Y; g.ldd = N;
   g.bias = add.bias; g.C = add.residual; g.accumulate = add.residual != nullptr; g.gelu_input = add.gelu_input;
   run_gemm(g, x, w, s, way);
-  save_xt(X, T, K, r, key, s, saved, both);
+  if (!both) save_xt(X, T, K, r, key, s, saved);
 }
 
 // What linear_forward() with the same arguments saves of fprop's operands, without its GEMM: for a caller who would rather quantize X and W again
@@ -249,13 +266,14 @@ inline void linear_save(const floatX* X, const floatX* W, int T, int K, int N, c
   if (saves_w(r)) save_operand(r.fprop.w, {kFpropW, kFpropX, key, GemmWay::emulated}, W, N, K, false, s, &saved->w);
 }
 
+// dY's amax (dy_amax), or its operand (ready), if somebody has it already.
 // dX = dY W; or from the forward's rotated W: dX = (dY Wh * mask) H
 inline void linear_dgrad(floatX* dX, const floatX* dY, const floatX* W, int T, int K, int N, const Recipe& r, LinearKey key,
-                         const LinearScratch& s, const LinearSaved* saved = nullptr, float* dy_amax = nullptr) {
+                         const LinearScratch& s, const LinearSaved* saved = nullptr, float* dy_amax = nullptr, const ReadyOperand* ready = nullptr) {
   const bool doubled = from_forward_pass(r.dgrad.w), masked = r.estimator.x == Estimator::quest_mask;
   if ((doubled || masked) && !saved) die("linear_dgrad: recipe %s needs what the forward pass saved", r.name.c_str());
   const GemmWay way = fp4_way_of(r.dgrad.dy, r.dgrad.w, s.ways);
-  const ReadyOperand dy = prepare_operand(r.dgrad.dy, {kDgradDy, kDgradDy, key, way}, dY, T, N, false, s, nullptr, dy_amax);
+  const ReadyOperand dy = ready ? *ready : prepare_operand(r.dgrad.dy, {kDgradDy, kDgradDy, key, way}, dY, T, N, false, s, nullptr, dy_amax);
   const ReadyOperand w = doubled ? prepare_forward_operand(r.dgrad.w, {kDgradW, kDgradDy, key, way}, saved->w, r.fprop.w, s)
                                  : prepare_operand(r.dgrad.w, {kDgradW, kDgradDy, key, way}, W, N, K, true, s);
   const int rht = doubled ? r.fprop.w.rht : 0, width = rotated_cols(K, rht);
@@ -269,11 +287,12 @@ inline void linear_dgrad(floatX* dX, const floatX* dY, const floatX* W, int T, i
 
 // dW += dY^T X, in FP32; or from the forward's rotated X: dW += (dY^T Xh * mask) H; or dW += (dY^T X) * f'(W / scale), which needs W
 inline void linear_wgrad(float* dW, const floatX* dY, const floatX* X, int T, int K, int N, const Recipe& r, LinearKey key,
-                         const LinearScratch& s, const LinearSaved* saved = nullptr, const floatX* W = nullptr, float* dyt_amax = nullptr) {
+                         const LinearScratch& s, const LinearSaved* saved = nullptr, const floatX* W = nullptr, float* dyt_amax = nullptr,
+                         const ReadyOperand* ready = nullptr) {
   const bool doubled = from_forward_pass(r.wgrad.x), masked = r.estimator.w == Estimator::quest_mask, with_dge = uses_dge(r);
   if (((doubled || masked || with_dge) && !saved) || (with_dge && !W)) die("linear_wgrad: recipe %s needs what the forward pass saved", r.name.c_str());
   const GemmWay way = fp4_way_of(r.wgrad.dy, r.wgrad.x, s.ways);
-  const ReadyOperand dy = prepare_operand(r.wgrad.dy, {kWgradDy, kWgradDy, key, way}, dY, T, N, true, s, nullptr, dyt_amax);
+  const ReadyOperand dy = ready ? *ready : prepare_operand(r.wgrad.dy, {kWgradDy, kWgradDy, key, way}, dY, T, N, true, s, nullptr, dyt_amax);
   const OperandPlace place = {kWgradX, kWgradDy, key, way};
   const ReadyOperand x = doubled ? prepare_forward_operand(r.wgrad.x, place, saved->x, r.fprop.x, s)
                          : saves_xt(r, saved) ? saved_operand(r.wgrad.x, place, saved->xt, s)
@@ -288,12 +307,28 @@ inline void linear_wgrad(float* dW, const floatX* dY, const floatX* X, int T, in
   else unrotate(dW, s.rotated, masked ? saved->w.mask : nullptr, saved->w.ld / 32, N, K, rht, rotation_signs(r.fprop.x, kFpropX, key), true);
 }
 
+inline void amax_of_dy(const floatX* dY, int T, int N, const Recipe& r, LinearKey key, const LinearScratch& s) {
+  amax_of_both(s.scalars + 3, s.scalars + 4, dY, T, N, quantize_how(r.dgrad.dy, {kDgradDy, kDgradDy, key, GemmWay::emulated}, false),
+               quantize_how(r.wgrad.dy, {kWgradDy, kWgradDy, key, GemmWay::emulated}, true));
+}
 // Both gradients; dX may be null (the first layer of a model that ends there). X may be null where keeps_x(r) is false, or saved has X^T.
 // Where X was kept instead of its codes (saved->again), linear_save() comes first.
 inline void linear_backward(floatX* dX, float* dW, const floatX* dY, const floatX* X, const floatX* W, int T, int K, int N, const Recipe& r,
                             LinearKey key, const LinearScratch& s, const LinearSaved* saved = nullptr) {
+  if (dX && s.values[2] && linear_wants_third(r)) {            // both copies of dY at once
+    const LinearScratch d = s.with_slots(0, 2), w = s.with_slots(1, 0);
+    const OperandPlace straight = {kDgradDy, kDgradDy, key, fp4_way_of(r.dgrad.dy, r.dgrad.w, s.ways)};
+    const OperandPlace turned = {kWgradDy, kWgradDy, key, fp4_way_of(r.wgrad.dy, r.wgrad.x, s.ways)};
+    Operand4 dy = operand_frame(r.dgrad.dy, straight, T, N, false, d, nullptr), dyt = operand_frame(r.wgrad.dy, turned, T, N, true, w, nullptr);
+    dy.amax = s.scalars + 3;
+    dyt.amax = s.scalars + 4;
+    quantize_both(dy, quantize_how(r.dgrad.dy, straight, false), dyt, quantize_how(r.wgrad.dy, turned, true), dY, s.tiles);
+    const ReadyOperand a = {dy.values, dy.ld, false, dy.amax, r.dgrad.dy, dy}, b = {dyt.values, dyt.ld, false, dyt.amax, r.wgrad.dy, dyt};
+    linear_dgrad(dX, dY, W, T, K, N, r, key, d, saved, nullptr, &a);
+    return linear_wgrad(dW, dY, X, T, K, N, r, key, w, saved, W, nullptr, &b);
+  }
   const bool both = dX && share_amax(r.dgrad.dy, r.wgrad.dy);
-  if (both) amax_of_both(s.scalars + 3, s.scalars + 4, dY, T, N, quantize_how(r.wgrad.dy, {kWgradDy, kWgradDy, key, GemmWay::emulated}, true));
+  if (both) amax_of_dy(dY, T, N, r, key, s);
   if (dX) linear_dgrad(dX, dY, W, T, K, N, r, key, s, saved, both ? s.scalars + 3 : nullptr);
   linear_wgrad(dW, dY, X, T, K, N, r, key, s, saved, W, both ? s.scalars + 4 : nullptr);
 }

@@ -470,7 +470,7 @@ inline void split_backward(const LayerControl& how, floatX* dX, float* dW, const
   }
   if (from_forward_pass(r.dgrad.w)) mxfp8_weights(w.second, N, fp8, s);
   const bool both = dX && share_amax(r.dgrad.dy, r.wgrad.dy);
-  if (both) amax_of_both(s.scalars + 3, s.scalars + 4, dY, T, N, quantize_how(r.wgrad.dy, {kWgradDy, kWgradDy, key, GemmWay::emulated}, true));
+  if (both) amax_of_dy(dY, T, N, r, key, s);
   float *const dy_amax = both ? s.scalars + 3 : nullptr, *const dyt_amax = both ? s.scalars + 4 : nullptr;
   if (dX) split_dgrad(o, dX, dY, w, split, T, N, r, key, key8, s, saved, dy_amax);
   wgrad_columns(dW, dY, x.first, w.first, T, K, N, r, key, s, saved, o.dw, split.columns, fp4, dyt_amax);

@@ -758,16 +758,17 @@ template <int kN, int kM> __device__ __forceinline__ unsigned row_amax_bits(cons
 // Where a recipe needs no scale of the tensor (outer 1x128, MX formats), there is no such pass. plain: null, or max|x|; rotated: null, or max|x|
 // after how.recipe's rotation: both in one reading. row_amax: null, or [rows], zeroed: of the rotated rows, if there is a rotation. Rounding is
 // monotonic, so that the largest value is scaled and rounded in the place of all.
+// The largest value of rotated rows, which lack the rotation's factor until here, as bits.
+__device__ __forceinline__ unsigned finished_amax(const OperandRecipe& how, unsigned m) {
+  if (how.rht == 0) return m;
+  const float f = bits_float(m) * rotation_scale(how.rht);
+  return float_bits(rounds_rotated(how) ? to_float(to_bf16(f)) : f) & 0x7fffffffu;
+}
 template <bool kTranspose, bool kWarp, class Source, int kRht>
 __global__ void __launch_bounds__(kStripThreads, 8) amax_kernel(unsigned* plain, unsigned* rotated, unsigned* row_amax, Source x, BlockHow how) {
   using S = Share<16, kWarp>;
   if constexpr (kRht >= 0) how.recipe.rht = kRht;
   alignas(16) __shared__ typename Source::Element shared[shared_elements<S, kTranspose, Source>()];
-  const float scale = how.recipe.rht ? rotation_scale(how.recipe.rht) : 1;
-  auto finish = [&](unsigned m) {
-    const float f = bits_float(m) * scale;
-    return float_bits(rounds_rotated(how.recipe) ? to_float(to_bf16(f)) : f) & 0x7fffffffu;
-  };
   unsigned most = 0, most_rotated = 0;
   const Source source = x.ready();
   for_each_strip<S, kTranspose>(source, how.rows_covered, how.cols_covered, shared, [&](auto& rows) {
@@ -781,14 +782,14 @@ __global__ void __launch_bounds__(kStripThreads, 8) amax_kernel(unsigned* plain,
       most_rotated = max(most_rotated, m);
       if (!row_amax) continue;
       const unsigned whole = max_along<S>(m);
-      if (rows.at.along == 0 && rows.row(i) < how.rows_covered) atomicMax(&row_amax[rows.row(i)], how.recipe.rht ? finish(whole) : whole);
+      if (rows.at.along == 0 && rows.row(i) < how.rows_covered) atomicMax(&row_amax[rows.row(i)], finished_amax(how.recipe, whole));
     }
   });
   most = max_down<S>(max_along<S>(most));
   most_rotated = max_down<S>(max_along<S>(most_rotated));
   if (threadIdx.x % S::kLanes) return;
   if (plain) atomicMax(plain, most);
-  if (rotated) atomicMax(rotated, finish(most_rotated));
+  if (rotated) atomicMax(rotated, finished_amax(how.recipe, most_rotated));
 }
 
 // ------------------------------------------------------------------ rounding and storing a block
@@ -1043,102 +1044,236 @@ template <class S> __device__ __forceinline__ float eden_correction128(const flo
   return sums.correction();
 }
 
-// Pass 2: codes and scales. four_tiles: the choice of four over six in 16x16 tiles.
-template <bool kTranspose, bool kWarp, class Source, Known kKnown>
-__global__ void __launch_bounds__(kStripThreads, 5) nvfp4_kernel(Operand4 out, const uint32_t* four_tiles, Source x, BlockHow how) {
-  using S = Share<16, kWarp>;
+// Pass 2: codes and scales of a strip. four_tiles: the choice of four over six in 16x16 tiles; tensor: known_tensor_scale().
+template <class S, class Rows>
+__device__ __forceinline__ void nvfp4_strip(Rows& rows, const Operand4& out, const uint32_t* four_tiles, const BlockHow& how, TensorScale tensor) {
+  const OperandRecipe& recipe = how.recipe;
+  const bool tile = recipe.blocks == Blocks::b16x16, wide = recipe.outer == Outer::b1x128, four_six = recipe.scale == ScaleRule::four_six;
+  const int blocks = ceil_div(out.cols, 16);
+  const StripPlace at = rows.at;
+  RowPart<S> v;
+  unsigned tile_amax[S::kUnits] = {};
+  if (tile) {
+#pragma unroll 1
+    for (int i = 0; i < S::kRows; i++) {
+      how.row<S>(v, rows, i, out.cols);
+#pragma unroll
+      for (int u = 0; u < S::kUnits; u++) tile_amax[u] = max(tile_amax[u], block_amax_bits(v[u]));
+    }
+#pragma unroll
+    for (int u = 0; u < S::kUnits; u++) tile_amax[u] = max_down<S>(tile_amax[u]);
+    rows.start();
+  }
+#pragma unroll 1
+  for (int i = 0; i < S::kRows; i++) {
+    const int row = rows.row(i);
+    how.row<S>(v, rows, i, out.cols);
+    const TensorScale outer = wide ? outer_scale(recipe, bits_float(max_along<S>(row_amax_bits(v)))) : tensor;
+    float magnitude[S::kUnits][16];
+    BlockScale scale[S::kUnits];
+    [[maybe_unused]] uint4 drawn[S::kUnits];
+#ifdef CPU_BUILD
+    if constexpr (!S::kWarp) {
+      if (recipe.rounding != Rounding::nearest) random_blocks8(drawn, how.key, (uint64_t)row * blocks + at.col / 16);
+    }
+#endif
+#pragma unroll
+    for (int u = 0; u < S::kUnits; u++) {
+      const int block = at.col / 16 + u;
+      const float block_amax = bits_float(tile ? tile_amax[u] : block_amax_bits(v[u]));
+      BlockScale& s = scale[u];
+      s = block_scale(recipe, block_amax, outer);
+      if (four_six) {
+        const BlockScale four = block_scale(recipe, block_amax, outer, 1.5f);
+        if (tile) {
+          if (row < out.rows && block < blocks && four_tiles[(size_t)(row / 16) * blocks + block]) s = four;
+        } else {
+          ErrorPair error;
+          error.add(v[u], s, four);
+          const bool take_four = error.four < error.six;
+          if (take_four) s = four;
+          if (recipe.rounding == Rounding::nearest) {            // it has been rounded; of v the sign is left to use, which is that of v on the grid
+#pragma unroll
+            for (int j = 0; j < 16; j++) magnitude[u][j] = take_four ? error.rounded4[j] : error.rounded6[j];
+            continue;
+          }
+        }
+      }
+      if (s.divide != 0) divide_block(v[u], s.divide);
+      else {
+#pragma unroll
+        for (int j = 0; j < 16; j++) v[u][j] = __fmul_rn(v[u][j], s.encode);
+      }
+      round_block(magnitude[u], v[u], recipe.rounding == Rounding::stochastic, how.key, (uint64_t)row * blocks + block, S::kWarp ? nullptr : &drawn[u]);
+    }
+    if (is_eden(recipe)) {                                    // the scale takes the correction, and is rounded stochastically: 16 random bits
+      const float correction128 = recipe.rounding == Rounding::eden128 ? eden_correction128<S>(v, magnitude) : 0;
+#pragma unroll
+      for (int u = 0; u < S::kUnits; u++) {
+        EdenSums sums;
+        if (recipe.rounding == Rounding::eden16) sums.add(v[u], magnitude[u]);
+        const float correction = recipe.rounding == Rounding::eden16 ? sums.correction() : correction128;
+        const uint32_t random = (S::kWarp ? random_block(how.key, (uint64_t)row * blocks + at.col / 16 + u) : drawn[u]).x & 0xffff;
+        scale[u].scale = e4m3_decode(e4m3_encode_sr(scale[u].scale * correction, (float)(2 * random + 1) * 0x1p-17f));
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < S::kUnits; u++) {
+      const int block = at.col / 16 + u, col = block * 16;
+      if (row < out.rows && block < blocks) {
+        if (out.scales) out.scales[scale_offset(row, block, blocks)] = e4m3_encode(scale[u].scale);
+        if (wide && out.outer && block % 8 == 0) out.outer[(size_t)row * ceil_div(blocks, 8) + block / 8] = scale[u].outer;
+        store_block(out, row, col, magnitude[u], v[u], scale[u].scale, wide, scale[u].outer);
+      } else if (row < how.rows_covered && col < how.cols_covered) {           // padding
+        if (out.scales) out.scales[scale_offset(row, block, blocks)] = 0;
+        if (row < out.rows && col < out.ld) clear_block<16>(out, row, col, 8);
+      }
+    }
+  }
+}
+template <Known kKnown> __device__ __forceinline__ void make_known(BlockHow& how) {
   if constexpr (kKnown != Known::any) {
     how.recipe = known_recipe(kKnown);
     if (how.recipe.signs == Signs::fixed) how.signs.word[0] = kFixedSigns;
   }
-  const OperandRecipe& recipe = how.recipe;
+}
+__device__ __forceinline__ TensorScale known_tensor_scale(const OperandRecipe& recipe, const float* amax) {
+  return recipe.outer == Outer::b1x128 ? TensorScale{} : outer_scale(recipe, *amax);
+}
+template <bool kTranspose, bool kWarp, class Source, Known kKnown>
+__global__ void __launch_bounds__(kStripThreads, 5) nvfp4_kernel(Operand4 out, const uint32_t* four_tiles, Source x, BlockHow how) {
+  using S = Share<16, kWarp>;
+  make_known<kKnown>(how);
   alignas(16) __shared__ typename Source::Element shared[shared_elements<S, kTranspose, Source>()];
   const Source source = x.ready();
-  const bool tile = recipe.blocks == Blocks::b16x16, wide = recipe.outer == Outer::b1x128, four_six = recipe.scale == ScaleRule::four_six;
-  const int blocks = ceil_div(out.cols, 16);
-  const TensorScale tensor = wide ? TensorScale{} : outer_scale(recipe, *out.amax);
-  for_each_strip<S, kTranspose>(source, how.rows_covered, how.cols_covered, shared, [&](auto& rows) {
-    const StripPlace at = rows.at;
-    RowPart<S> v;
-    unsigned tile_amax[S::kUnits] = {};
-    if (tile) {
-#pragma unroll 1
-      for (int i = 0; i < S::kRows; i++) {
-        how.row<S>(v, rows, i, out.cols);
+  const TensorScale tensor = known_tensor_scale(how.recipe, out.amax);
+  for_each_strip<S, kTranspose>(source, how.rows_covered, how.cols_covered, shared,
+                                [&](auto& rows) { nvfp4_strip<S>(rows, out, four_tiles, how, tensor); });
+}
+
+// ------------------------------------------------------------------ both copies of a matrix, or their maxima, in one reading
+// The gradient dY is quantized twice, by rows and by columns, and X in the forward pass if X^T is to wait packed. A GPU's kernel for each reads the
+// matrix, 2 bytes an element each; so does each search for a maximum. Here a block brings a square of 128 x 128 into shared memory once, the next one
+// already on its way, and its warps make 8 strips of the row copy from it and 8 of the column copy: the same strips, hence the same bits.
+//   bytes an element, values     amax    codes      sum      apart
+//   nvfp4: dY                       2    2 + 2 + 2     8        10
+//   nvfp4: X, X^T packed            2    2 + 2 + .56  6.56     8.56
+//   tetrajet2                            2 + 2 + 2     6         8
+//   quartet2                        2    2 + 2 + 2     8        12
+// Banks   A row of the square takes 272 bytes: 16 more after its first 128, and 16 more after every 16 rows. Row copy: the 8 lanes that a 16-byte
+//         load serves at once are those of one row, lane a at byte 32 a, +16 from a = 4 on: words 0 8 16 24, then 4 12 20 28 (mod 32), 4 words each:
+//         all banks once. Column copy: lane (a, d), 16 rows of the square and one column apart, is at word 1092 a + d / 2 = 4 a + d / 2 (mod 32),
+//         d < 4: 16 words in 16 banks, two lanes each. cp.async: 8 lanes write 128 bytes in a row.
+constexpr int kSquare = 128;
+constexpr int kBothThreads = 256, kBothBlocks = 3;             // of a block; blocks that a multiprocessor is to hold
+__host__ __device__ constexpr int square_offset(int row, int column) { return row * (kSquare + 8) + row / 16 * 8 + column + column / 64 * 8; }
+constexpr int kSquareElements = square_offset(kSquare, 0);
+constexpr size_t kBothShared = kTiles * kSquareElements * sizeof(bf16);
+template <int kThreads> __device__ __forceinline__ void fetch_square(bf16* square, const Matrix<bf16>& x, int first_row, int first_col) {
+  static_assert(kThreads % 16 == 0);
+  const int part = (int)threadIdx.x % 16 * 8, from_row = (int)threadIdx.x / 16;
+  const bool in_row = first_col + part < x.cols;                // rows of whole 16 bytes
 #pragma unroll
-        for (int u = 0; u < S::kUnits; u++) tile_amax[u] = max(tile_amax[u], block_amax_bits(v[u]));
-      }
+  for (int row = 0; row < kSquare; row += kThreads / 16) {
+    const int r = first_row + from_row + row;
+    const bool inside = in_row && r < x.rows;
+    cp_async<16>(square + square_offset(from_row + row, part), inside ? x.x + (size_t)r * x.cols + first_col + part : x.x, inside);
+  }
+}
+// Calls use(square, first row, first column) for this block's squares of the first `down` x `across`. Neighbouring blocks have neighbouring columns.
+template <int kThreads, class Use>
+__device__ __forceinline__ void for_each_square(const Matrix<bf16>& x, unsigned down, unsigned across, bf16* shared, Use use) {
+  auto fetch = [&](unsigned unit, unsigned turn) {
+    if (unit < down * across)
+      fetch_square<kThreads>(shared + turn % kTiles * kSquareElements, x, (int)(unit / across) * kSquare, (int)(unit % across) * kSquare);
+    cp_async_commit();
+  };
+  fetch(blockIdx.x, 0);
+  unsigned turn = 0;
+  for (unsigned unit = blockIdx.x; unit < down * across; unit += gridDim.x, turn++) {
+    fetch(unit + gridDim.x, turn + 1);
+    cp_async_wait<1>();
+    __syncthreads();
+    use(shared + turn % kTiles * kSquareElements, (int)(unit / across) * kSquare, (int)(unit % across) * kSquare);
+    __syncthreads();                                            // the square is used up
+  }
+}
+// The rows of a strip, from a square in shared memory. row, col: of the operand, where the square begins; strip: 0 to 7.
+template <class S, bool kTranspose> struct SquareRows {
+  StripPlace at;
+  const bf16* from;
+  __device__ __forceinline__ SquareRows(const bf16* square, int row, int col, int strip, int rows_covered, int cols_covered) {
+    const int lane = (int)threadIdx.x % 32, along = lane % S::kAlong, down = lane / S::kAlong;
+    at = {row + strip * 16 + down, col + along * 16, along, row + strip * 16 < rows_covered && col < cols_covered};
+    from = square + (kTranspose ? square_offset(along * 16, strip * 16) + down : square_offset(strip * 16 + down, along * 16));
+  }
+  __device__ __forceinline__ int row(int i) const { return at.row + i * S::kDown; }
+  __device__ __forceinline__ void start() {}
+  __device__ __forceinline__ void load(RowPart<S>& v, int i) const {
+    if constexpr (kTranspose) {
 #pragma unroll
-      for (int u = 0; u < S::kUnits; u++) tile_amax[u] = max_down<S>(tile_amax[u]);
-      rows.start();
+      for (int j = 0; j < 16; j++) v[0][j] = to_float(from[square_offset(j, 0) + i * S::kDown]);
+    } else {
+      Matrix<bf16>::Run<16> run;
+      const Vec<bf16, 16> words = load_vec<16>(from + i * (S::kDown * (kSquare + 8)));
+      memcpy(&run, &words, sizeof run);
+#pragma unroll
+      for (int j = 0; j < 16; j++) v[0][j] = run[j];
     }
+  }
+};
+template <Known kRow, Known kColumn>
+__global__ void __launch_bounds__(kBothThreads, kBothBlocks)
+nvfp4_both_kernel(Operand4 row_out, Operand4 column_out, Matrix<bf16> x, BlockHow row_how, BlockHow column_how) {
+  using S = Share<16, true>;
+  make_known<kRow>(row_how);
+  make_known<kColumn>(column_how);
+  DYNAMIC_SHARED(bf16, shared);
+  const TensorScale row_tensor = known_tensor_scale(row_how.recipe, row_out.amax), column_tensor = known_tensor_scale(column_how.recipe, column_out.amax);
+  const unsigned down = ceil_div((unsigned)max(row_how.rows_covered, column_how.cols_covered), (unsigned)kSquare);
+  const unsigned across = ceil_div((unsigned)max(row_how.cols_covered, column_how.rows_covered), (unsigned)kSquare);
+  for_each_square<kBothThreads>(x, down, across, shared, [&](const bf16* square, int row, int col) {
 #pragma unroll 1
-    for (int i = 0; i < S::kRows; i++) {
-      const int row = rows.row(i);
-      how.row<S>(v, rows, i, out.cols);
-      const TensorScale outer = wide ? outer_scale(recipe, bits_float(max_along<S>(row_amax_bits(v)))) : tensor;
-      float magnitude[S::kUnits][16];
-      BlockScale scale[S::kUnits];
-      [[maybe_unused]] uint4 drawn[S::kUnits];
-#ifdef CPU_BUILD
-      if constexpr (!S::kWarp) {
-        if (recipe.rounding != Rounding::nearest) random_blocks8(drawn, how.key, (uint64_t)row * blocks + at.col / 16);
-      }
-#endif
-#pragma unroll
-      for (int u = 0; u < S::kUnits; u++) {
-        const int block = at.col / 16 + u;
-        const float block_amax = bits_float(tile ? tile_amax[u] : block_amax_bits(v[u]));
-        BlockScale& s = scale[u];
-        s = block_scale(recipe, block_amax, outer);
-        if (four_six) {
-          const BlockScale four = block_scale(recipe, block_amax, outer, 1.5f);
-          if (tile) {
-            if (row < out.rows && block < blocks && four_tiles[(size_t)(row / 16) * blocks + block]) s = four;
-          } else {
-            ErrorPair error;
-            error.add(v[u], s, four);
-            const bool take_four = error.four < error.six;
-            if (take_four) s = four;
-            if (recipe.rounding == Rounding::nearest) {            // it has been rounded; of v the sign is left to use, which is that of v on the grid
-#pragma unroll
-              for (int j = 0; j < 16; j++) magnitude[u][j] = take_four ? error.rounded4[j] : error.rounded6[j];
-              continue;
-            }
-          }
-        }
-        if (s.divide != 0) divide_block(v[u], s.divide);
-        else {
-#pragma unroll
-          for (int j = 0; j < 16; j++) v[u][j] = __fmul_rn(v[u][j], s.encode);
-        }
-        round_block(magnitude[u], v[u], recipe.rounding == Rounding::stochastic, how.key, (uint64_t)row * blocks + block, S::kWarp ? nullptr : &drawn[u]);
-      }
-      if (is_eden(recipe)) {                                    // the scale takes the correction, and is rounded stochastically: 16 random bits
-        const float correction128 = recipe.rounding == Rounding::eden128 ? eden_correction128<S>(v, magnitude) : 0;
-#pragma unroll
-        for (int u = 0; u < S::kUnits; u++) {
-          EdenSums sums;
-          if (recipe.rounding == Rounding::eden16) sums.add(v[u], magnitude[u]);
-          const float correction = recipe.rounding == Rounding::eden16 ? sums.correction() : correction128;
-          const uint32_t random = (S::kWarp ? random_block(how.key, (uint64_t)row * blocks + at.col / 16 + u) : drawn[u]).x & 0xffff;
-          scale[u].scale = e4m3_decode(e4m3_encode_sr(scale[u].scale * correction, (float)(2 * random + 1) * 0x1p-17f));
-        }
-      }
-#pragma unroll
-      for (int u = 0; u < S::kUnits; u++) {
-        const int block = at.col / 16 + u, col = block * 16;
-        if (row < out.rows && block < blocks) {
-          if (out.scales) out.scales[scale_offset(row, block, blocks)] = e4m3_encode(scale[u].scale);
-          if (wide && out.outer && block % 8 == 0) out.outer[(size_t)row * ceil_div(blocks, 8) + block / 8] = scale[u].outer;
-          store_block(out, row, col, magnitude[u], v[u], scale[u].scale, wide, scale[u].outer);
-        } else if (row < how.rows_covered && col < how.cols_covered) {           // padding
-          if (out.scales) out.scales[scale_offset(row, block, blocks)] = 0;
-          if (row < out.rows && col < out.ld) clear_block<16>(out, row, col, 8);
-        }
-      }
+    for (int strip = (int)threadIdx.x / 32; strip < 8; strip += kBothThreads / 32) {         // whole warps are inside, or not
+      SquareRows<S, false> rows(square, row, col, strip, row_how.rows_covered, row_how.cols_covered);
+      if (rows.at.inside) nvfp4_strip<S>(rows, row_out, nullptr, row_how, row_tensor);
+      SquareRows<S, true> columns(square, col, row, strip, column_how.rows_covered, column_how.cols_covered);
+      if (columns.at.inside) nvfp4_strip<S>(columns, column_out, nullptr, column_how, column_tensor);
     }
   });
+}
+// max|x| after the rotation of its rows, and after that of its columns. Beyond the edges of x are zeros, which change no maximum.
+template <int kRowRht, int kColumnRht>
+__global__ void __launch_bounds__(kBothThreads, kBothBlocks)
+amax_both_kernel(unsigned* row_amax, unsigned* column_amax, Matrix<bf16> x, BlockHow row_how, BlockHow column_how) {
+  using S = Share<16, true>;
+  DYNAMIC_SHARED(bf16, shared);
+  unsigned by_rows = 0, by_columns = 0;
+  auto most = [](const auto& rows, int rht, const BlockHow& how) {
+    unsigned m = 0;
+#pragma unroll 1
+    for (int i = 0; i < S::kRows; i++) {
+      RowPart<S> v;
+      rows.load(v, i);
+      if (rht) rotate_row<S>(v, rht, how.signs, rows.at.along);
+      m = max(m, row_amax_bits(v));
+    }
+    return m;
+  };
+  for_each_square<kBothThreads>(x, ceil_div((unsigned)x.rows, 128u), ceil_div((unsigned)x.cols, 128u), shared, [&](const bf16* square, int row, int col) {
+#pragma unroll 1
+    for (int strip = (int)threadIdx.x / 32; strip < 8; strip += kBothThreads / 32) {
+      const SquareRows<S, false> rows(square, row, col, strip, x.rows, x.cols);
+      by_rows = max(by_rows, most(rows, kRowRht, row_how));
+      const SquareRows<S, true> columns(square, col, row, strip, x.cols, x.rows);
+      by_columns = max(by_columns, most(columns, kColumnRht, column_how));
+    }
+  });
+  by_rows = max_down<S>(max_along<S>(by_rows));
+  by_columns = max_down<S>(max_along<S>(by_columns));
+  if (threadIdx.x % 32) return;
+  atomicMax(row_amax, finished_amax(row_how.recipe, by_rows));
+  atomicMax(column_amax, finished_amax(column_how.recipe, by_columns));
 }
 
 // ------------------------------------------------------------------ MXFP4, MXFP8: a power of two for 32 elements
@@ -1314,16 +1449,19 @@ template <bool kTranspose, bool kWarp, class Source, Known k, Known... others, c
   if (is_known(how.recipe, k, how.signs)) go(nvfp4_kernel<kTranspose, kWarp, Source, k>);
   else with_known<kTranspose, kWarp, Source>(how, KnownList<others...>{}, go);
 }
+// The scale buffer has padding rows and blocks to clear; the emulation has neither, only columns up to ld.
+inline void cover(BlockHow& how, const Operand4& out) {
+  const int scale_cols = is_mx(how.recipe.format) ? 32 : 16;
+  how.rows_covered = out.scales ? round_up(out.rows, 128) : out.rows;
+  how.cols_covered = out.scales ? max(out.ld, round_up(ceil_div(out.cols, scale_cols), 4) * scale_cols) : out.ld;
+}
 template <bool kTranspose, bool kWarp, class Source>
 void launch_quantize(const Operand4& out, const Source& x, BlockHow how, uint32_t* groups, bool amax_known) {
   const OperandRecipe& r = how.recipe;
   if (needs_amax(r) && !amax_known)
     launch_amax<kTranspose, kWarp>(r.rht ? nullptr : out.amax, r.rht ? out.amax : nullptr, r.format == Format::fp4_vector ? groups : nullptr, x,
                                    out.rows, out.cols, how);
-  // The scale buffer has padding rows and blocks to clear; the emulation has neither, only columns up to ld.
-  const int scale_cols = is_mx(r.format) ? 32 : 16;
-  how.rows_covered = out.scales ? round_up(out.rows, 128) : out.rows;
-  how.cols_covered = out.scales ? max(out.ld, round_up(ceil_div(out.cols, scale_cols), 4) * scale_cols) : out.ld;
+  cover(how, out);
   const Grid grid = strips_grid<kTranspose, kWarp>(how.rows_covered, how.cols_covered);
   if (is_mx(r.format)) return launch(mx_kernel<kTranspose, kWarp, Source>, grid.blocks, grid.threads, 0, out, x, how);
   if (r.format != Format::nvfp4) return launch(plain_kernel<kTranspose, kWarp, Source>, grid.blocks, grid.threads, 0, out, groups, x, how);
@@ -1352,10 +1490,11 @@ inline SignBits how_signs(const QuantizeHow& how) {
   if (how.recipe.signs != Signs::none) { signs.word[0] = how.sign_bits[0]; signs.word[1] = how.sign_bits[1]; }
   return signs;
 }
+inline BlockHow block_how(const QuantizeHow& how) { return {how.recipe, how_signs(how), how.key, 0, 0}; }
 template <bool kWarp, class Source> void quantize_source(Operand4 out, const Source& x, const QuantizeHow& how, uint32_t* groups) {
   if (how.recipe.rht) out.cols = round_up(out.cols, how.recipe.rht);          // whole groups; ld stays as it is
   check_operand(out, how.recipe, groups);
-  const BlockHow block = {how.recipe, how_signs(how), how.key, 0, 0};
+  const BlockHow block = block_how(how);
   if (how.transpose) return launch_quantize<true, kWarp>(out, x, block, groups, how.amax_known);
   if constexpr (Source::kRowCopy) launch_quantize<false, kWarp>(out, x, block, groups, how.amax_known);
   else die("quantize: from a packed operand only its transpose is made");
@@ -1373,13 +1512,98 @@ template <bool kWarp = !kOnCpu>
 void quantize(const Operand4& out, const Operand4& from, const OperandRecipe& from_how, const QuantizeHow& how, uint32_t* groups = nullptr) {
   quantize_source<kWarp>(out, Packed{from, from_how}, how, groups);
 }
-// What two operands need to know of x [rows, cols] before they are quantized with amax_known, in one reading: row: max|x|; column: that of x^T as
-// `turned` rotates it.
-template <bool kWarp = !kOnCpu, class T> void amax_of_both(float* row, float* column, const T* x, int rows, int cols, const QuantizeHow& turned) {
-  const BlockHow how = {turned.recipe, how_signs(turned), {}, 0, 0};
+// Do the row copy of a tensor and its column copy each want a scale of the whole tensor, so that one reading of it serves both?
+inline bool share_amax(const OperandRecipe& row, const OperandRecipe& column) {
+  return needs_amax(row) && needs_amax(column) && row.format != Format::fp4_vector && column.format != Format::fp4_vector;
+}
+// The two copies of a matrix that one kernel makes: those of dY in nvfp4 (and nvfp4-46), fqt, tetrajet2, quartet2; of X in nvfp4. To make a pair apart
+// again, strike it out.
+template <Known kRow, Known kColumn> struct KnownPair {};
+template <class... pairs> struct PairList {};
+using KnownPairs = PairList<KnownPair<Known::sr, Known::sr16>, KnownPair<Known::sr, Known::sr>, KnownPair<Known::outer_sr16, Known::outer_sr16>,
+                            KnownPair<Known::eden128, Known::eden128>, KnownPair<Known::rn, Known::rn16>>;
+// Calls go(kernel) with the kernel for this pair, if there is one.
+template <class Go> bool with_pair(const BlockHow&, const BlockHow&, PairList<>, Go) { return false; }
+template <Known kRow, Known kColumn, class... others, class Go>
+bool with_pair(const BlockHow& row, const BlockHow& column, PairList<KnownPair<kRow, kColumn>, others...>, Go go) {
+  if (!is_known(row.recipe, kRow, row.signs) || !is_known(column.recipe, kColumn, column.signs)) return with_pair(row, column, PairList<others...>{}, go);
+  go(nvfp4_both_kernel<kRow, kColumn>);
+  return true;
+}
+// The same of a recipe alone; the signs may still differ.
+template <Known... row, Known... column> bool pair_is_known(const OperandRecipe& r, const OperandRecipe& c, PairList<KnownPair<row, column>...>) {
+  SignBits fixed;
+  fixed.word[0] = kFixedSigns;
+  return ((is_known(r, row, fixed) && is_known(c, column, fixed)) || ...);
+}
+inline bool pair_is_known(const OperandRecipe& row, const OperandRecipe& column) { return pair_is_known(row, column, KnownPairs{}); }
+// Does a multiprocessor hold enough blocks with two squares each? (100 KB, of consumer GPUs, are too few.)
+inline bool both_fit() {
+#ifdef CPU_BUILD
+  return true;
+#else
+  static const bool fit = [] {
+    int bytes = 0;
+    CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, 0));
+    return (size_t)bytes >= kBothBlocks * (kBothShared + 1024);
+  }();
+  return fit;
+#endif
+}
+inline unsigned both_blocks(unsigned squares) { return min(squares, (unsigned)(kBothBlocks * multiprocessors())); }
+// What two operands need to know of x [rows, cols] before they are quantized with amax_known: row: max|x| as `straight` rotates its rows, column: that of
+// x^T as `turned` rotates it. In one reading, except for rows with a rotation where the columns have another, or of FP32.
+template <bool kWarp = !kOnCpu, class T>
+void amax_of_both(float* row, float* column, const T* x, int rows, int cols, const QuantizeHow& straight, const QuantizeHow& turned) {
+  const BlockHow how = block_how(turned), row_how = block_how(straight);
   const Matrix<T> source = {x, rows, cols};
-  if (how.recipe.rht) launch_amax<true, kWarp>(row, column, nullptr, source, cols, round_up(rows, how.recipe.rht), how);
-  else launch_amax<false, kWarp>(row, column, nullptr, source, rows, cols, how);
+  if constexpr (kWarp && std::is_same_v<T, bf16>) {
+    if (row_how.recipe.rht == 128 && how.recipe.rht == 128 && cols % 8 == 0 && both_fit()) {
+      device_zero(row, 1);
+      device_zero(column, 1);
+      launch(amax_both_kernel<128, 128>, both_blocks(ceil_div(rows, kSquare) * ceil_div(cols, kSquare)), kBothThreads, kBothShared, (unsigned*)row,
+             (unsigned*)column, source, row_how, how);
+      return;
+    }
+  }
+  float* const plain = row_how.recipe.rht ? nullptr : row;
+  if (!plain) launch_amax<false, kWarp>(nullptr, row, nullptr, source, rows, round_up(cols, row_how.recipe.rht), row_how);
+  if (how.recipe.rht) launch_amax<true, kWarp>(plain, column, nullptr, source, cols, round_up(rows, how.recipe.rht), how);
+  else launch_amax<false, kWarp>(plain, column, nullptr, source, rows, cols, how);
+}
+template <bool kWarp = !kOnCpu, class T> void amax_of_both(float* row, float* column, const T* x, int rows, int cols, const QuantizeHow& turned) {
+  amax_of_both<kWarp>(row, column, x, rows, cols, QuantizeHow{}, turned);
+}
+// quantize(row, x, ...) and quantize(column, x, ...), bit for bit; column_how.transpose is set. In one reading of x, after one for the maxima, where the
+// pair is known; otherwise one after the other.
+template <bool kWarp = !kOnCpu, class T>
+void quantize_both(Operand4 row, QuantizeHow row_how, Operand4 column, QuantizeHow column_how, const T* x, uint32_t* groups = nullptr) {
+  const int rows = row.rows, cols = row.cols;
+  if (row_how.transpose || !column_how.transpose || column.rows != cols || column.cols != rows) die("quantize_both: these are not the two copies of one matrix");
+  if (share_amax(row_how.recipe, column_how.recipe) && !row_how.amax_known && !column_how.amax_known && row.amax != column.amax) {
+    amax_of_both<kWarp>(row.amax, column.amax, x, rows, cols, row_how, column_how);
+    row_how.amax_known = column_how.amax_known = true;
+  }
+  if constexpr (kWarp && std::is_same_v<T, bf16>) {
+    auto ready = [](const QuantizeHow& how) { return how.amax_known || !needs_amax(how.recipe); };
+    if (ready(row_how) && ready(column_how) && cols % 8 == 0 && both_fit()) {
+      Operand4 r = row, c = column;
+      r.cols = rotated_cols(cols, row_how.recipe.rht);
+      c.cols = rotated_cols(rows, column_how.recipe.rht);
+      BlockHow a = block_how(row_how), b = block_how(column_how);
+      cover(a, r);
+      cover(b, c);
+      const unsigned squares = ceil_div(max(a.rows_covered, b.cols_covered), kSquare) * ceil_div(max(a.cols_covered, b.rows_covered), kSquare);
+      auto go = [&](auto kernel) {
+        check_operand(r, row_how.recipe, groups);
+        check_operand(c, column_how.recipe, groups);
+        launch(kernel, both_blocks(squares), kBothThreads, kBothShared, r, c, Matrix<bf16>{x, rows, cols}, a, b);
+      };
+      if (with_pair(a, b, KnownPairs{}, go)) return;
+    }
+  }
+  quantize<kWarp>(row, x, row_how, groups);
+  quantize<kWarp>(column, x, column_how, groups);
 }
 // NVFP4 with one scale a tensor, in the words tile16, stochastic, hadamard, signs. tile_scratch: ceil(rows/16) * ceil(cols/16) words, for 16x16 only.
 template <class T> void quantize_nvfp4(const Operand4& out, const T* x, QuantizeHow how, uint32_t* tile_scratch = nullptr) {
