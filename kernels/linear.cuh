@@ -65,7 +65,8 @@ inline size_t linear_scratch_elements(int T, int K, int N) {
   const size_t t = round_up(T, 128), k = round_up(K, 128), n = round_up(N, 128);
   return max(max(t * k, t * n), n * k);
 }
-// The third operand in scratch memory, where both copies of dY are made at once: W^T of dgrad. dY^T waits in the second slot, X^T then takes the first.
+// Where both copies of dY are made at once, dY^T waits in the second slot: dgrad's W^T has a third of its own, small as weights are, and wgrad's X^T
+// takes the first, which dgrad has left.
 inline size_t linear_third_elements(int K, int N) { return (size_t)round_up(K, 128) * round_up(N, 128); }
 inline bool linear_wants_third(const Recipe& r) { return pair_is_known(r.dgrad.dy, r.wgrad.dy); }
 inline size_t linear_tile_words(int T, int K, int N) {
@@ -177,7 +178,8 @@ inline ReadyOperand prepare_forward_operand(const OperandRecipe& how, OperandPla
   return {out.values, out.ld, false, out.amax, how, out};
 }
 // The packed form alone, for later: x, or x^T, into the arrays of `save`.
-inline void save_operand(const OperandRecipe& how, OperandPlace place, const floatX* x, int rows, int cols, bool transpose, const LinearScratch& s, Operand4* save) {
+inline void save_operand(const OperandRecipe& how, OperandPlace place, const floatX* x, int rows, int cols, bool transpose, const LinearScratch& s,
+                         Operand4* save) {
   save->rows = transpose ? cols : rows;
   save->cols = transpose ? rows : cols;
   save->ld = operand_ld(rotated_cols(save->cols, how.rht));
@@ -199,8 +201,8 @@ inline void save_xt(const floatX* X, int T, int K, const Recipe& r, LinearKey ke
   if (saves_xt(r, saved)) save_operand(r.wgrad.x, xt_place(key), X, T, K, true, s, &saved->xt);
 }
 // x [rows, cols] as it is and, packed into the arrays of `save`, x^T.
-inline ReadyOperand prepare_both(const OperandRecipe& how, OperandPlace place, const OperandRecipe& turned, OperandPlace turned_place, const floatX* x, int rows,
-                                 int cols, const LinearScratch& s, Operand4* save) {
+inline ReadyOperand prepare_both(const OperandRecipe& how, OperandPlace place, const OperandRecipe& turned, OperandPlace turned_place, const floatX* x,
+                                 int rows, int cols, const LinearScratch& s, Operand4* save) {
   Operand4 out = operand_frame(how, place, rows, cols, false, s, nullptr);
   save->rows = cols;
   save->cols = rows;

@@ -32,8 +32,9 @@
 // NaN     A NaN anywhere makes amax NaN (an unsigned comparison of bits, not fmaxf, which drops it), hence alpha NaN, hence the
 //         loss: E2M1 itself has no NaN and would hide it as 6. Formats without a tensor scale make the block's scale NaN.
 // Source  NVIDIA, arXiv 2509.25149, appendix C; the other papers are named in recipe.cuh. Random bits: philox.cuh.
-// Cost    amax: reads x once, for both copies of a tensor. Codes: reads x once, writes 2 bytes a value (values) or 0.56 (packed). By
-//         count in SASS 20 instructions a value with RN, 27 with SR and RHT16: a GPU's arithmetic and its memory take about as long.
+// Cost    amax: reads x once, for both copies of a tensor. Codes: reads x once, for both copies where one kernel makes them (quantize_both()), writes
+//         2 bytes a value (values) or 0.56 (packed). By count in SASS 20 instructions a value with RN, 27 with SR and RHT16: a GPU's arithmetic and its
+//         memory take about as long.
 //         Percent of the speed of a copy of the same bytes, values of 32768 x 3072, amax included / known (H100). The first chapter is
 //         dev/quantize_simple.cuh.
 //                                                            row RN     row SR     column RN RHT16   column SR RHT16
@@ -1104,7 +1105,8 @@ __device__ __forceinline__ void nvfp4_strip(Rows& rows, const Operand4& out, con
 #pragma unroll
         for (int j = 0; j < 16; j++) v[u][j] = __fmul_rn(v[u][j], s.encode);
       }
-      round_block(magnitude[u], v[u], recipe.rounding == Rounding::stochastic, how.key, (uint64_t)row * blocks + block, S::kWarp ? nullptr : &drawn[u]);
+      const bool stochastic = recipe.rounding == Rounding::stochastic;
+      round_block(magnitude[u], v[u], stochastic, how.key, (uint64_t)row * blocks + block, S::kWarp ? nullptr : &drawn[u]);
     }
     if (is_eden(recipe)) {                                    // the scale takes the correction, and is rounded stochastically: 16 random bits
       const float correction128 = recipe.rounding == Rounding::eden128 ? eden_correction128<S>(v, magnitude) : 0;
@@ -1231,7 +1233,8 @@ nvfp4_both_kernel(Operand4 row_out, Operand4 column_out, Matrix<bf16> x, BlockHo
   make_known<kRow>(row_how);
   make_known<kColumn>(column_how);
   DYNAMIC_SHARED(bf16, shared);
-  const TensorScale row_tensor = known_tensor_scale(row_how.recipe, row_out.amax), column_tensor = known_tensor_scale(column_how.recipe, column_out.amax);
+  const TensorScale row_tensor = known_tensor_scale(row_how.recipe, row_out.amax);
+  const TensorScale column_tensor = known_tensor_scale(column_how.recipe, column_out.amax);
   const unsigned down = ceil_div((unsigned)max(row_how.rows_covered, column_how.cols_covered), (unsigned)kSquare);
   const unsigned across = ceil_div((unsigned)max(row_how.cols_covered, column_how.rows_covered), (unsigned)kSquare);
   for_each_square<kBothThreads>(x, down, across, shared, [&](const bf16* square, int row, int col) {
@@ -1262,7 +1265,8 @@ amax_both_kernel(unsigned* row_amax, unsigned* column_amax, Matrix<bf16> x, Bloc
     }
     return m;
   };
-  for_each_square<kBothThreads>(x, ceil_div((unsigned)x.rows, 128u), ceil_div((unsigned)x.cols, 128u), shared, [&](const bf16* square, int row, int col) {
+  const unsigned down = ceil_div((unsigned)x.rows, (unsigned)kSquare), across = ceil_div((unsigned)x.cols, (unsigned)kSquare);
+  for_each_square<kBothThreads>(x, down, across, shared, [&](const bf16* square, int row, int col) {
 #pragma unroll 1
     for (int strip = (int)threadIdx.x / 32; strip < 8; strip += kBothThreads / 32) {
       const SquareRows<S, false> rows(square, row, col, strip, x.rows, x.cols);
@@ -1518,9 +1522,9 @@ void quantize(const Operand4& out, const Operand4& from, const OperandRecipe& fr
 inline bool share_amax(const OperandRecipe& row, const OperandRecipe& column) {
   return needs_amax(row) && needs_amax(column) && row.format != Format::fp4_vector && column.format != Format::fp4_vector;
 }
-// The two copies of a matrix that one kernel makes: those of dY in nvfp4 (and nvfp4-46) and fqt, and of X in nvfp4. Codes in .83, .79 and .78 of the time of
-// two kernels (H100, 32768 x 3072, values). What did not pay: tetrajet2's (outer_sr16 twice) 1.01, quartet2's (eden128 twice) 1.02: arithmetic and
-// shuffles bound these, and one kernel for both has fewer warps; but both of quartet2's maxima in one reading take .87.
+// The two copies of a matrix that one kernel makes: those of dY in nvfp4 (and nvfp4-46) and fqt, and of X in nvfp4. Codes in .83, .79 and .78 of the
+// time of two kernels (H100, 32768 x 3072, values). What did not pay: tetrajet2's (outer_sr16 twice) 1.01, quartet2's (eden128 twice) 1.02:
+// arithmetic and shuffles bound these, and one kernel for both has fewer warps; but both of quartet2's maxima in one reading take .87.
 template <Known kRow, Known kColumn> struct KnownPair {};
 template <class... pairs> struct PairList {};
 using KnownPairs = PairList<KnownPair<Known::sr, Known::sr16>, KnownPair<Known::sr, Known::sr>, KnownPair<Known::rn, Known::rn16>>;
@@ -1528,7 +1532,8 @@ using KnownPairs = PairList<KnownPair<Known::sr, Known::sr16>, KnownPair<Known::
 template <class Go> bool with_pair(const BlockHow&, const BlockHow&, PairList<>, Go) { return false; }
 template <Known kRow, Known kColumn, class... others, class Go>
 bool with_pair(const BlockHow& row, const BlockHow& column, PairList<KnownPair<kRow, kColumn>, others...>, Go go) {
-  if (!is_known(row.recipe, kRow, row.signs) || !is_known(column.recipe, kColumn, column.signs)) return with_pair(row, column, PairList<others...>{}, go);
+  const bool known = is_known(row.recipe, kRow, row.signs) && is_known(column.recipe, kColumn, column.signs);
+  if (!known) return with_pair(row, column, PairList<others...>{}, go);
   go(nvfp4_both_kernel<kRow, kColumn>);
   return true;
 }
@@ -1553,8 +1558,8 @@ inline bool both_fit() {
 #endif
 }
 inline unsigned both_blocks(unsigned squares) { return min(squares, (unsigned)(kBothBlocks * multiprocessors())); }
-// What two operands need to know of x [rows, cols] before they are quantized with amax_known: row: max|x| as `straight` rotates its rows, column: that of
-// x^T as `turned` rotates it. In one reading, except for rows with a rotation where the columns have another, or of FP32.
+// What two operands need to know of x [rows, cols] before they are quantized with amax_known: row: max|x| as `straight` rotates its rows; column: that
+// of x^T as `turned` rotates it. In one reading where the rows are not rotated, or both are by 128; else in two.
 template <bool kWarp = !kOnCpu, class T>
 void amax_of_both(float* row, float* column, const T* x, int rows, int cols, const QuantizeHow& straight, const QuantizeHow& turned) {
   const BlockHow how = block_how(turned), row_how = block_how(straight);
@@ -1576,12 +1581,13 @@ void amax_of_both(float* row, float* column, const T* x, int rows, int cols, con
 template <bool kWarp = !kOnCpu, class T> void amax_of_both(float* row, float* column, const T* x, int rows, int cols, const QuantizeHow& turned) {
   amax_of_both<kWarp>(row, column, x, rows, cols, QuantizeHow{}, turned);
 }
-// quantize(row, x, ...) and quantize(column, x, ...), bit for bit; column_how.transpose is set. In one reading of x, after one for the maxima, where the
-// pair is known; otherwise one after the other.
+// quantize(row, x, ...) and quantize(column, x, ...), bit for bit; column_how.transpose is set. In one reading of x, after one for the maxima, where
+// the pair is known; otherwise one after the other.
 template <bool kWarp = !kOnCpu, class T>
 void quantize_both(Operand4 row, QuantizeHow row_how, Operand4 column, QuantizeHow column_how, const T* x, uint32_t* groups = nullptr) {
   const int rows = row.rows, cols = row.cols;
-  if (row_how.transpose || !column_how.transpose || column.rows != cols || column.cols != rows) die("quantize_both: these are not the two copies of one matrix");
+  const bool fit = !row_how.transpose && column_how.transpose && column.rows == cols && column.cols == rows;
+  if (!fit) die("quantize_both: these are not the two copies of one matrix");
   if (share_amax(row_how.recipe, column_how.recipe) && !row_how.amax_known && !column_how.amax_known && row.amax != column.amax) {
     amax_of_both<kWarp>(row.amax, column.amax, x, rows, cols, row_how, column_how);
     row_how.amax_known = column_how.amax_known = true;
