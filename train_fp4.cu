@@ -39,7 +39,7 @@
 #include "kernels/mlp.cuh"         // defines: gelu_*, swiglu_*, bias_backward
 #include "kernels/norm.cuh"        // defines: layernorm_*, rmsnorm_*
 #include "kernels/oscillation.cuh" // defines: the windows of OsciReset and Q-Ramping, Q-EMA's average
-#include "kernels/outliers.cuh"    // defines: OutControl's choice of columns, outlier_forward, outlier_backward, OCC
+#include "kernels/outliers.cuh"    // defines: OutControl's choice of columns, OCC; linear_forward, linear_backward under a LayerControl
 #include "kernels/rope.cuh"        // defines: rope_table, rope_forward, rope_backward
 
 // =====================================================================================================================================
@@ -693,7 +693,7 @@ void forward(Model& m, int B, int S, uint32_t micro_step) {
     if (c.llama) {
       linear_forward(control(2), a.fc, a.ln2, w.fc.work, T, C, m.fc_width(), r, key(2), m.scratch, saved(2));                      // (T,C) -> (T,2F)
       swiglu_forward(a.act, a.fc, T, F);                                                                 // (T,F)
-    } else linear_forward(control(2), a.act, a.ln2, w.fc.work, T, C, F, r, key(2), m.scratch, saved(2), {w.fc_bias.work, nullptr, a.fc});   // -> (T,F), twice
+    } else linear_forward(control(2), a.act, a.ln2, w.fc.work, T, C, F, r, key(2), m.scratch, saved(2), {w.fc_bias.work, nullptr, a.fc});   // 2 (T,F)
     linear_forward(control(3), a.result, a.act, w.down.work, T, F, C, r, key(3), m.scratch, saved(3), {w.down_bias.work, a.mid});   // mid + (T,F) -> (T,C)
     x = a.result;
   }

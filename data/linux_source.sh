@@ -5,6 +5,7 @@
 # Left out are files that programs wrote: AMD's register lists, a third of all text. The files' order is that of a hash of their paths, the
 # same everywhere: neighbours in the text are not neighbours in the kernel, and the validation part is a sample of everything.
 set -euo pipefail
+export LC_ALL=C                                  # how sort orders paths of one hash, and what awk takes for a character
 cd "$(dirname "$0")"
 fail() { echo "error: $*" >&2; exit 1; }
 

@@ -44,7 +44,7 @@ constexpr int kLinearScalars = 5;
 struct LinearScratch {
   floatX* values[3] = {};                   // linear_scratch_elements(...) elements; the third linear_third_elements(...), or null
   uint32_t* tiles = nullptr;                // linear_tile_words(...): maxima of 16x16 tiles and other groups of blocks
-  float* scalars = nullptr;                 // kLinearScalars: amax of operand 1, of operand 2, alpha; amax of dY (or X) and of its rotated transpose
+  float* scalars = nullptr;                 // kLinearScalars: amax of operand 1, of operand 2, alpha; amax of dY and of dY^T, as they are rotated
   float* rotated = nullptr;                 // linear_scratch_elements(...), if linear_needs_rotated(recipe): an operand before rounding, or a
                                             // gradient before un-rotation
   Fp4Ways ways;                             // what multiplies FP4 operands: the emulation, or FP4 tensor cores, which take them packed:
@@ -201,8 +201,8 @@ inline void save_xt(const floatX* X, int T, int K, const Recipe& r, LinearKey ke
   if (saves_xt(r, saved)) save_operand(r.wgrad.x, xt_place(key), X, T, K, true, s, &saved->xt);
 }
 // x [rows, cols] as it is and, packed into the arrays of `save`, x^T.
-inline ReadyOperand prepare_both(const OperandRecipe& how, OperandPlace place, const OperandRecipe& turned, OperandPlace turned_place, const floatX* x,
-                                 int rows, int cols, const LinearScratch& s, Operand4* save) {
+inline ReadyOperand prepare_both(const OperandRecipe& how, OperandPlace place, const OperandRecipe& turned, OperandPlace turned_place,
+                                 const floatX* x, int rows, int cols, const LinearScratch& s, Operand4* save) {
   Operand4 out = operand_frame(how, place, rows, cols, false, s, nullptr);
   save->rows = cols;
   save->cols = rows;

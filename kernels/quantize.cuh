@@ -32,9 +32,9 @@
 // NaN     A NaN anywhere makes amax NaN (an unsigned comparison of bits, not fmaxf, which drops it), hence alpha NaN, hence the
 //         loss: E2M1 itself has no NaN and would hide it as 6. Formats without a tensor scale make the block's scale NaN.
 // Source  NVIDIA, arXiv 2509.25149, appendix C; the other papers are named in recipe.cuh. Random bits: philox.cuh.
-// Cost    amax: reads x once, for both copies of a tensor. Codes: reads x once, for both copies where one kernel makes them (quantize_both()), writes
-//         2 bytes a value (values) or 0.56 (packed). By count in SASS 20 instructions a value with RN, 27 with SR and RHT16: a GPU's arithmetic and its
-//         memory take about as long.
+// Cost    amax: reads x once, for both copies of a tensor where the rows are not rotated, or both copies by 128 (amax_of_both()). Codes: reads x
+//         once, for both copies where one kernel makes them (quantize_both()), writes 2 bytes a value (values) or 0.56 (packed). By count in SASS 20
+//         instructions a value with RN, 27 with SR and RHT16: a GPU's arithmetic and its memory take about as long.
 //         Percent of the speed of a copy of the same bytes, values of 32768 x 3072, amax included / known (H100). The first chapter is
 //         dev/quantize_simple.cuh.
 //                                                            row RN     row SR     column RN RHT16   column SR RHT16
@@ -287,7 +287,10 @@ struct Packed {
     }
     return v;
   }
-  template <int kN> __device__ __forceinline__ void floats(float* to, int r, int c) const { const Run<kN> v = run<kN>(r, c); memcpy(to, v.v, sizeof v); }
+  template <int kN> __device__ __forceinline__ void floats(float* to, int r, int c) const {
+    const Run<kN> v = run<kN>(r, c);
+    memcpy(to, v.v, sizeof v);
+  }
 };
 
 // The tile of the source that a block turns: 128 source rows (operand columns) of 64. 16 bytes more after every 16 rows put what the lanes of a
@@ -693,7 +696,8 @@ __host__ __device__ constexpr OperandRecipe known_recipe(Known k) {
 inline bool is_known(const OperandRecipe& a, Known k, const SignBits& signs) {
   const OperandRecipe b = known_recipe(k);
   if (b.signs == Signs::fixed && (signs.word[0] & 0xffff) != kFixedSigns) return false;
-  return a.format == b.format && a.blocks == b.blocks && a.outer == b.outer && a.rounding == b.rounding && a.scale == b.scale && a.rht == b.rht && a.signs == b.signs;
+  const bool same_blocks = a.format == b.format && a.blocks == b.blocks && a.outer == b.outer && a.scale == b.scale;
+  return same_blocks && a.rounding == b.rounding && a.rht == b.rht && a.signs == b.signs;
 }
 template <Known... k> struct KnownList {};
 template <bool kTranspose, bool kWarp, class Source> struct KnownFor { using List = KnownList<>; };
@@ -806,7 +810,8 @@ __forceinline__ float8 e2m1_round8(float8 v) {
 __forceinline__ float8 e2m1_round_bytes8(float8 v, word8 complement) {
   const float8 a = e2m1_saturate8(abs8(v)), magic = float8{} + 12582912.0f, zero = {}, one = zero + 1.0f;
   const word8 binade = e2m1_binade8(a);
-  const float8 x = a * (float8)((264u << 23) - binade), nearest = x + magic, n = nearest + (nearest - magic < x ? one : zero);      // ceil_plus_magic(x)
+  const float8 x = a * (float8)((264u << 23) - binade), nearest = x + magic;
+  const float8 n = nearest + (nearest - magic < x ? one : zero);                                 // ceil_plus_magic(x)
   return ((float8)(((word8)n + 2 * complement) & ~511u) - magic) * (float8)(binade - (10u << 23));
 }
 __forceinline__ word8 load_bytes8(const void* p) {
@@ -1451,7 +1456,8 @@ void launch_amax(float* plain, float* rotated, uint32_t* row_amax, const Source&
 template <bool kTranspose, bool kWarp, class Source, class Go> void with_known(const BlockHow&, KnownList<>, Go go) {
   go(nvfp4_kernel<kTranspose, kWarp, Source, Known::any>);
 }
-template <bool kTranspose, bool kWarp, class Source, Known k, Known... others, class Go> void with_known(const BlockHow& how, KnownList<k, others...>, Go go) {
+template <bool kTranspose, bool kWarp, class Source, Known k, Known... others, class Go>
+void with_known(const BlockHow& how, KnownList<k, others...>, Go go) {
   if (is_known(how.recipe, k, how.signs)) go(nvfp4_kernel<kTranspose, kWarp, Source, k>);
   else with_known<kTranspose, kWarp, Source>(how, KnownList<others...>{}, go);
 }
@@ -1544,7 +1550,7 @@ template <Known... row, Known... column> bool pair_is_known(const OperandRecipe&
   return ((is_known(r, row, fixed) && is_known(c, column, fixed)) || ...);
 }
 inline bool pair_is_known(const OperandRecipe& row, const OperandRecipe& column) { return pair_is_known(row, column, KnownPairs{}); }
-// Does a multiprocessor hold enough blocks with two squares each? (100 KB, of consumer GPUs, are too few.)
+// Does a multiprocessor hold enough blocks with two squares each? (It takes 208 KB: H100 and B200 have them, A100 and consumer GPUs have not.)
 inline bool both_fit() {
 #ifdef CPU_BUILD
   return true;
@@ -1558,8 +1564,8 @@ inline bool both_fit() {
 #endif
 }
 inline unsigned both_blocks(unsigned squares) { return min(squares, (unsigned)(kBothBlocks * multiprocessors())); }
-// What two operands need to know of x [rows, cols] before they are quantized with amax_known: row: max|x| as `straight` rotates its rows; column: that
-// of x^T as `turned` rotates it. In one reading where the rows are not rotated, or both are by 128; else in two.
+// What two operands need to know of x [rows, cols] before they are quantized with amax_known: row: max|x| as `straight` rotates its rows; column:
+// that of x^T as `turned` rotates it. In one reading where the rows are not rotated, or both are by 128; else in two.
 template <bool kWarp = !kOnCpu, class T>
 void amax_of_both(float* row, float* column, const T* x, int rows, int cols, const QuantizeHow& straight, const QuantizeHow& turned) {
   const BlockHow how = block_how(turned), row_how = block_how(straight);

@@ -29,7 +29,7 @@ cd "$(dirname "$0")/.."
 read -ra seeds <<< "${SEEDS:-1}"
 read -ra gpus <<< "${GPUS:-}"
 read -ra extra <<< "${EXTRA:-}"
-all="bf16 fp8 nvfp4 nvfp4-46 tetrajet2 quartet2 quartet quartet-v4 fp4-dge fqt tetrajet tetrajet2+osci-reset tetrajet2+outcontrol nvfp4+no-tail"
+all="bf16 fp8 nvfp4 nvfp4-46 tetrajet2 quartet2 best quartet quartet-v4 fp4-dge fqt tetrajet tetrajet2+osci-reset tetrajet2+outcontrol nvfp4+no-tail"
 read -ra recipes <<< "${RECIPES:-$all}"
 steps=${STEPS:-1602} seq=${SEQ:-512} total=${TOTAL_BATCH:-128} batch=${BATCH:-128}
 common=(--model "${MODEL:-llama:30M}" --batch "$batch" --seq "$seq" --total-batch $((total * seq)) --steps "$steps" --lr 1.2e-3
