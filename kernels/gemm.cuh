@@ -53,7 +53,8 @@ inline const char* gemm_name(const Gemm& g) { return g.gelu_input ? "GEMM + GELU
 // a strip of B stays in the first cache while the strips of A pass by from the second; between two pieces the accumulators wait in memory.
 // Each element of D is computed by one thread in one order (k ascending): the result does not depend on the number of cores.
 // Of OpenBLAS's speed in FP32, one core of an EPYC with AVX2, by thread time: 72 to 99 % in the shapes of `make run` (K 128: packing and D are the
-// rest), 79 to 98 % at 1024^3, half of the measurements above 90. Where the 6 broadcasts and 12 sums are not unrolled it is half of that: a plain -O2 leaves a loop.
+// rest), 79 to 98 % at 1024^3, half of the measurements above 90. Where the 6 broadcasts and 12 sums are not unrolled it is half of that: a plain -O2
+// leaves a loop.
 namespace cpu_gemm {
 constexpr int kRows = 6, kCols = 16, kDepth = 256;         // of a register tile; and a piece of K: 16 KB of a strip of B
 inline float8 multiply_add(float8 a, float8 b, float8 c) {
@@ -390,11 +391,12 @@ __global__ void own_epilogue_kernel(floatX* D, const float* sums, const floatX* 
   D[at] = from_float<floatX>(sums[i] + (C ? to_float(C[at]) : 0.0f) + to_float(bias[col]));
 }
 // Does gemm() take this gelu_input, or must the sum go to D, and gelu_forward() follow? The library's GELU wants BF16 and rows that start on 16
-// bytes. It is of the FP32 sum, gelu_forward()'s of the rounded one. Makes the plan, which runs the GEMM: call it when all else in g is ready.
+// bytes, as its bias does. It is of the FP32 sum, gelu_forward()'s of the rounded one. Makes the plan, which runs the GEMM: call it when all else in
+// g is ready.
 inline bool gemm_has_gelu(const Gemm& g) {
   auto aligned = [](const void* p) { return (uintptr_t)p % 16 == 0; };
   return sizeof(floatX) == 2 && !g.d_fp32 && !g.accumulate && !g.C && g.N % 8 == 0 && g.ldd % 8 == 0 && g.lda % 8 == 0 && g.ldb % 8 == 0 &&
-         aligned(g.D) && aligned(g.gelu_input) && aligned(g.bias) && plan_of(g).found;
+         aligned(g.A) && aligned(g.B) && aligned(g.D) && aligned(g.gelu_input) && aligned(g.bias) && plan_of(g).found;
 }
 inline void gemm(const Gemm& g) {
   if (g.gelu_input && !gemm_has_gelu(g)) die("gemm: no GELU for this shape, type or GPU: gelu_forward() must follow instead");
