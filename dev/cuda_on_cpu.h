@@ -416,8 +416,10 @@ template <class T> T atomicMax(T* p, T v) {
 template <class T> T __ldg(const T* p) { return *p; }
 inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 // The library's own are calls, for the sake of NaN, and a loop with a call is not made SIMD. One NaN is dropped, of equals y is taken, as there.
-extern "C" inline __attribute__((gnu_inline, always_inline)) float fminf(float x, float y) noexcept { return x < y || y != y ? x : y; }
-extern "C" inline __attribute__((gnu_inline, always_inline)) float fmaxf(float x, float y) noexcept { return x > y || y != y ? x : y; }
+extern "C" {
+extern inline __attribute__((gnu_inline, always_inline)) float fminf(float x, float y) noexcept { return x < y || y != y ? x : y; }
+extern inline __attribute__((gnu_inline, always_inline)) float fmaxf(float x, float y) noexcept { return x > y || y != y ? x : y; }
+}
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 // The CPU build is compiled with -ffp-contract=off, so plain operators round after every operation.
 inline float __fmul_rn(float a, float b) { return a * b; }
