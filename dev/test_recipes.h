@@ -484,7 +484,7 @@ inline void test_strip_forms() { skip("a warp a strip and a thread a strip give 
 // that do not start on 16 bytes (then there are two kernels); and pairs that no kernel is known for.
 inline void test_both_copies() {
   Mismatches m, amax;
-  size_t at_once = 0;
+  size_t at_once = 0, could = 0;
   Rng rng(182);
   const std::string sr = "nvfp4 rounding=stochastic", sr16 = sr + " rht=16 signs=fixed", outer = sr + " outer=1x128 rht=16 signs=fresh", eden = "nvfp4 rounding=eden16 rht=128 signs=fresh";
   const std::pair<std::string, std::string> pairs[] = {{sr, sr16}, {sr, sr}, {outer, outer}, {eden, eden}, {"nvfp4", "nvfp4 rht=16 signs=fixed"},
@@ -492,7 +492,11 @@ inline void test_both_copies() {
   for (const auto& [row_text, column_text] : pairs) {
     const OperandRecipe row = operand_of(row_text), column = operand_of(column_text);
     const std::string text = row_text + " / " + column_text;
-    for (auto [rows, cols] : {std::pair(37, 304), std::pair(150, 72), std::pair(400, 296), std::pair(256, 128), std::pair(131, 66), std::pair(8, 8)}) {
+    for (auto [rows, cols] : {std::pair(37, 304), std::pair(150, 72), std::pair(131, 66), std::pair(8, 8), std::pair(400, 296), std::pair(256, 128)}) {
+#ifdef CUDA_ON_CPU_ASAN
+      if (rows > 150) break;                                   // slow there
+#endif
+      if (cols % 8 == 0 && pair_is_known(row, column)) could += 4;
       TestArray<bf16> x(narrow<bf16>(widen(as_stored<bf16>(quantizer_data(kHeavyTail, rows, cols, 183)))));
       for (int form = 0; form < 4; form++) {                   // values, packed, both, and X's: values and packed
         QuantizeHow how = random_key(rng, false), turned = random_key(rng, true);
@@ -530,8 +534,8 @@ inline void test_both_copies() {
   }
   m.report("both copies of a matrix in one reading have the bits of two readings");
   amax.report("so have both maxima, where either is rotated");
-  const size_t expected = both_fit() ? 3 * 5 * 4 : 0;          // known pairs, sizes with aligned rows, forms
-  check("one kernel made them wherever it could", at_once == expected, "%zu of %zu", at_once, expected);
+  if (!both_fit()) could = 0;
+  check("one kernel made them wherever it could", at_once == could, "%zu of %zu", at_once, could);
   std::string known;
   for (const Recipe& r : recipe_table()) if (linear_wants_third(r)) known += (known.empty() ? "" : " ") + r.name;
   check("one kernel makes both copies of dY in nvfp4, nvfp4-46 and fqt", known == "nvfp4 nvfp4-46 fqt", "%s", known.c_str());
@@ -540,14 +544,18 @@ inline void test_both_copies() {
 // Double quantization: from every packed format, what quantize() makes of its dequantized values in FP32; also from codes and scales that no quantizer
 // writes: the whole range of E8M0 and of the outer scales, E4M3's subnormals, NaN and infinity. Sizes: ragged; several tiles for a block.
 template <bool kWarp> void packed_source_form(Mismatches& m, OperandOnDevice& from, const OperandRecipe& from_how, const OperandBytes& want, const OperandRecipe& o, const QuantizeHow& how,
-                                              int rows, int cols, const char* where) {
+                                              int rows, int cols, const char* where, bool nan) {
   OperandOnDevice d(o, rows, cols);
   quantize<kWarp>(d.out, from.out, from_how, how, d.groups.p);
   const OperandBytes got = d.read(o);
   auto all = [&](const auto& p, const auto& q) {
     for (size_t i = 0; i < q.size(); i++) m.add(memcmp(&p[i], &q[i], sizeof p[i]) == 0 || (p[i] != p[i] && q[i] != q[i]), where, (double)i, p[i], q[i]);
   };
-  all(got.codes, want.codes); all(got.scales, want.scales); all(got.outer, want.outer); all(got.mask, want.mask); all(got.values, want.values);
+  all(got.codes, want.codes); all(got.scales, want.scales); all(got.outer, want.outer); all(got.mask, want.mask);
+  // Where the source is NaN a code has no sign, but a value has the NaN's, and that depends on the order in which a compiler multiplies.
+  std::vector<float> values = got.values, wanted = want.values;
+  if (nan) for (size_t i = 0; i < wanted.size(); i++) { values[i] = std::fabs(values[i]); wanted[i] = std::fabs(wanted[i]); }
+  all(values, wanted);
   m.add((got.tensor == want.tensor || (got.tensor != got.tensor && want.tensor != want.tensor)) && got.guards && want.guards, where, -1, got.tensor, want.tensor);
 }
 // Other codes and scales in the place of what a quantizer wrote, codes in the padding columns too. wild: also NaN and infinity.
@@ -598,9 +606,9 @@ inline void test_packed_sources() {
           quantize(plain.out, (const float*)values.p, how, plain.groups.p);
           const OperandBytes want = plain.read(o);
           const std::string where = std::string(from_text) + (kind ? kind == 1 ? ", other numbers" : ", NaN and infinity" : "") + ", to " + text + ", " + std::to_string(src_rows) + "x" + std::to_string(cols);
-          packed_source_form<!kOnCpu>(m, from, from_how, want, o, how, from.out.cols, src_rows, where.c_str());
+          packed_source_form<!kOnCpu>(m, from, from_how, want, o, how, from.out.cols, src_rows, where.c_str(), kind == 2);
 #ifdef CPU_BUILD
-          packed_source_form<true>(m, from, from_how, want, o, how, from.out.cols, src_rows, where.c_str());
+          packed_source_form<true>(m, from, from_how, want, o, how, from.out.cols, src_rows, where.c_str(), kind == 2);
 #endif
         }
   m.report("double quantization gives the bits of quantizing the dequantized values, from every packed format and with extreme scales");
