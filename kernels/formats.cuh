@@ -44,12 +44,15 @@ __host__ __device__ __forceinline__ uint32_t e2m1_binade(float a) {           //
   const uint32_t b = float_bits(a) & 0x7f800000u;
   return b > 0x3f800000u ? b : 0x3f800000u;
 }
+#ifdef __CUDA_ARCH__
+__device__ __forceinline__ float e2m1_binade_value(float a) { return fmaxf(bits_float(float_bits(a) & 0x7f800000u), 1.0f); }       // as a float
+#endif
 // |v| = a to the nearest grid value; a tie goes to the even index: adding 2^22 powers of two leaves no bits below a step. A GPU does half as many
 // integer operations, minima and maxima in the same time as multiply-adds: there the power of two is a float, and two multiply-adds do the rest.
 __host__ __device__ __forceinline__ float e2m1_round(float a) {
   a = e2m1_saturate(a);
 #ifdef __CUDA_ARCH__
-  const float binade = fmaxf(bits_float(float_bits(a) & 0x7f800000u), 1.0f);
+  const float binade = e2m1_binade_value(a);
   return fmaf(binade, -0x1p22f, fmaf(binade, 0x1p22f, a));
 #else
   const float magic = bits_float(e2m1_binade(a) + (22u << 23));
@@ -76,7 +79,7 @@ inline float ceil_plus_magic(float x) { return ceilf(x) + 12582912.0f; }
 __host__ __device__ __forceinline__ float e2m1_round_byte(float a, uint32_t complements, int which) {
   a = e2m1_saturate(a);
 #ifdef __CUDA_ARCH__
-  const float binade = fmaxf(bits_float(float_bits(a) & 0x7f800000u), 1.0f);             // a step is half of it
+  const float binade = e2m1_binade_value(a);                                            // a step is half of it
   // (byte + 1/2) / 512: the first and the last byte by a conversion, the others as the last bits of 2^23
   const float part = which % 3 == 0 ? fmaf((float)(complements >> 8 * which & 0xff), 0x1p-9f, 0x1p-10f)
                                     : fmaf(bits_float(__byte_perm(complements, 0x4b000000u, 0x7540 + which)), 0x1p-9f, 0x1p-10f - 0x1p14f);

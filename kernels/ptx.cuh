@@ -19,7 +19,7 @@
 #include <deque>
 #endif
 
-// ------------------------------------------------------------------ max(m, |v|), NaN if v is NaN
+// ------------------------------------------------------------------ max(m, |v|), NaN if either is NaN (the CPU compares bits instead: strips.cuh)
 #ifdef __CUDA_ARCH__
 __device__ __forceinline__ float max_abs_nan(float m, float v) {
   asm("max.NaN.f32 %0, %0, %1;" : "+f"(m) : "f"(fabsf(v)));
