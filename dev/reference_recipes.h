@@ -135,9 +135,11 @@ inline double element_uniform(const Quantizer& how, uint64_t block16, int j) {
   Counter w = philox4x32_10({(uint32_t)block16, (uint32_t)(block16 >> 32), how.step, how.stream}, {(uint32_t)how.seed, (uint32_t)(how.seed >> 32)});
   return (2 * (int)(w[j / 4] >> (8 * (j % 4)) & 255) + 1) / 512.;
 }
-inline double scale_uniform(const Quantizer& how, uint64_t block16) {
+// Of the scale of block b in row r. Rows r, r + 4, r + 8 and r + 12 of sixteen share a draw, a word each.
+inline double scale_uniform(const Quantizer& how, uint64_t r, uint64_t b, uint64_t blocks) {
+  uint64_t block16 = (4 * (r / 16) + r % 4) * blocks + b;
   Counter w = philox4x32_10({(uint32_t)block16, (uint32_t)(block16 >> 32), how.step, how.stream}, {(uint32_t)how.seed, (uint32_t)(how.seed >> 32)});
-  return (2. * (w[0] & 0xffff) + 1) / 131072.;
+  return (2. * (w[r % 16 / 4] & 0xffff) + 1) / 131072.;
 }
 // Codes of n (16 or 32) scaled values v, the first of which lies in 16-block block16.
 inline void round_e2m1(uint8_t* codes, const float* v, int n, const Quantizer& how, uint64_t block16) {
@@ -283,15 +285,14 @@ inline void nvfp4_eden(Quantized& q, const Quantizer& how, std::vector<float>* c
         for (int j = 0; j < 16; j++) {
           float v = y[j] / step;
           uint8_t code = e2m1_rn(v);
-          float square = v * v, product = v * (float)e2m1_value(code);
-          vv = vv + square;
-          vq = vq + product;
+          vv = std::fma(v, v, vv);                             // each product is added before it is rounded
+          vq = std::fma(v, (float)e2m1_value(code), vq);
           q.codes[i * 16 + j] = code;
         }
       }
       float correction = vq == 0 ? 1.f : vv / vq;
       for (size_t i = first; i < end; i++) {
-        q.scales[i] = e4m3_sr(scale[i - first] * correction, scale_uniform(how, i));
+        q.scales[i] = e4m3_sr(scale[i - first] * correction, scale_uniform(how, r, i - (size_t)r * blocks, blocks));
         for (int j = 0; j < 16; j++) q.stored[i * 16 + j] = e2m1_value(q.codes[i * 16 + j]) * e4m3_value(q.scales[i]);
         if (corrections) corrections->push_back(correction);
       }

@@ -286,8 +286,45 @@ inline void test_philox() {
 #endif
 }
 
+// Every sign and index in every one of the 8 places, beside codes of other kinds.
+inline void test_nibbles() {
+  auto byte = [](uint32_t code) { return (code & 8) << 4 | (code & 7) << 1; };                                   // s000iii0
+  Mismatches words;
+  for (uint32_t others : {0u, 15u, 5u, 10u})
+    for (int at = 0; at < 8; at++)
+      for (uint32_t code = 0; code < 16; code++) {
+        uint32_t half[2] = {}, expected = 0;
+        for (int j = 0; j < 8; j++) {
+          const uint32_t c = j == at ? code : others;
+          half[j % 2] |= byte(c) << 8 * (j / 2);
+          expected |= c << 4 * j;
+        }
+        words.add(e2m1_nibbles(half[0], half[1]) == expected, "code", code, e2m1_nibbles(half[0], half[1]), expected);
+      }
+  words.report("eight E2M1 codes in a word: every code in every place");
+}
+// All mantissas, in three binades: where the divisor is a power of two more or less, nothing else happens.
+inline void test_quotients() {
+  std::vector<float> divisors = {6, kEdenStep};
+  for (ScaleRule rule : {ScaleRule::standard, ScaleRule::ceil, ScaleRule::headroom, ScaleRule::four_six}) divisors.push_back(nvfp4_range(rule) / 6);
+  long wrong = 0;
+  for (float c : divisors)
+    for (uint32_t mantissa = 0; mantissa < 1u << 23; mantissa++) {
+      const float x = bits_float(127u << 23 | mantissa);
+      wrong += quotient(x, c) != x / c;
+    }
+  const float c = divisors[0];
+  int ends = 0;
+  for (int e : {-79, 79})
+    for (uint32_t mantissa = 0; mantissa < 1u << 23; mantissa += 4093) ends += quotient(bits_float((127u + e) << 23 | mantissa), c) != bits_float((127u + e) << 23 | mantissa) / c;
+  check("division by the constants of the scales, by multiplication and a correction, is correctly rounded", wrong == 0 && ends == 0,
+        "%d divisors, 2^23 mantissas each: %ld wrong, and %d at the ends of the range", (int)divisors.size(), wrong, ends);
+}
+
 inline void test_formats() {
   if (!section("formats and random numbers")) return;
+  test_nibbles();
+  test_quotients();
   test_conversions();
   test_stochastic_encode();
   test_cuda_headers();

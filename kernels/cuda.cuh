@@ -18,6 +18,7 @@
 #include "../dev/cuda_on_cpu.h"
 #else
 #include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #endif
 

@@ -102,6 +102,24 @@ __host__ __device__ __forceinline__ int e2m1_encode(float v) { return e2m1_sign(
 
 __host__ __device__ __forceinline__ int e2m1_encode_sr(float v, float u) { return e2m1_sign(v) | e2m1_index_sr(fabsf(v), u); }
 
+// Eight codes in a word, the first in the lowest 4 bits, from two words of bytes s000iii0: those of the even codes, and of the odd ones. All four bytes of
+// a word move at once; what they push over their edges is masked away.
+__host__ __device__ __forceinline__ uint32_t e2m1_nibbles(uint32_t even, uint32_t odd) {
+  const uint32_t below = (even >> 1 & 0x07070707u) | (even >> 4 & ~0x07070707u), above = (odd & 0x80808080u) | (odd << 3 & ~0x80808080u);
+  return (below & 0x0f0f0f0fu) | (above & 0xf0f0f0f0u);
+}
+#ifdef __CUDA_ARCH__
+// The codes of 8 values of the grid, with the floats' signs. An FP16 number 2^-14 times as large has its code in its upper byte, as s000iii0 (compare
+// e2m1_magnitude()).
+__device__ __forceinline__ uint32_t e2m1_pack8(const float (&v)[8]) {
+  auto two = [&](int low, int high) {
+    const __half2 h = __hmul2(__floats2half2_rn(v[low], v[high]), __float2half2_rn(0x1p-14f));
+    return *reinterpret_cast<const uint32_t*>(&h);
+  };
+  return e2m1_nibbles(__byte_perm(two(0, 2), two(4, 6), 0x7531), __byte_perm(two(1, 3), two(5, 7), 0x7531));
+}
+#endif
+
 // ------------------------------------------------------------------ E4M3, and what it shares with E5M2
 // The code of an 8-bit float with kMantissa bits after the point and this exponent bias: to nearest even, saturating at the value of code `largest`.
 // NaN: 0x7f with the sign.

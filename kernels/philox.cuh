@@ -28,21 +28,35 @@ __host__ __device__ __forceinline__ Product multiply_wide(uint32_t a, uint32_t b
 #endif
 }
 
-__host__ __device__ inline uint4 philox4x32(uint4 counter, uint2 key) {
+// The key of each round. A kernel that is given them, and not the seed, has them ready: two additions a round less.
+struct RoundKeys { uint32_t x[10], y[10]; };
+__host__ __device__ inline RoundKeys round_keys(uint64_t seed) {
+  RoundKeys keys;
+#pragma unroll
+  for (uint32_t round = 0; round < 10; round++) {
+    keys.x[round] = (uint32_t)seed + round * 0x9E3779B9u;               // golden ratio
+    keys.y[round] = (uint32_t)(seed >> 32) + round * 0xBB67AE85u;       // sqrt(3) - 1
+  }
+  return keys;
+}
+__host__ __device__ __forceinline__ uint4 philox4x32(uint4 counter, const RoundKeys& key) {
 #pragma unroll
   for (int round = 0; round < 10; round++) {
     const Product a = multiply_wide(0xD2511F53u, counter.x), b = multiply_wide(0xCD9E8D57u, counter.z);
-    counter = make_uint4(b.high ^ counter.y ^ key.x, b.low, a.high ^ counter.w ^ key.y, a.low);
-    key.x += 0x9E3779B9u;      // golden ratio
-    key.y += 0xBB67AE85u;      // sqrt(3) - 1
+    counter = make_uint4(b.high ^ counter.y ^ key.x[round], b.low, a.high ^ counter.w ^ key.y[round], a.low);
   }
   return counter;
 }
+__host__ __device__ inline uint4 philox4x32(uint4 counter, uint2 key) { return philox4x32(counter, round_keys((uint64_t)key.y << 32 | key.x)); }
 
 // The 16 random bytes of block `index` of the stream: byte j%4 of word j/4 belongs to element j.
 __host__ __device__ inline uint4 random_block(RandomKey key, uint64_t index) {
   return philox4x32(make_uint4((uint32_t)index, (uint32_t)(index >> 32), key.step, key.stream),
                     make_uint2((uint32_t)key.seed, (uint32_t)(key.seed >> 32)));
+}
+// The same with the seed's round keys at hand.
+__host__ __device__ __forceinline__ uint4 random_block(RandomKey key, const RoundKeys& rounds, uint64_t index) {
+  return philox4x32(make_uint4((uint32_t)index, (uint32_t)(index >> 32), key.step, key.stream), rounds);
 }
 #ifdef CPU_BUILD
 // r[i] = random_block(key, first + i) of eight blocks at once: one at a time, each round waits for the multiplications of the last.

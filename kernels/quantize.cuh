@@ -94,6 +94,7 @@ struct BlockHow {
   OperandRecipe recipe;
   SignBits signs;
   RandomKey key;
+  RoundKeys rounds;                          // of key
   int rows_covered, cols_covered;            // with padding
   // A row of the operand as it will be rounded. Padding that a rotation has left as -0 is 0 again.
   template <class S, class Rows> __device__ __forceinline__ void row(RowPart<S>& v, Rows& rows, int i, int cols) const {
@@ -202,12 +203,12 @@ __forceinline__ word8 load_bytes8(const void* p) {
 // magnitude[j]: |v[j]| rounded to the grid. `block16`: number of the 16-block in its operand, which names its random bits; a block of 32 takes two.
 // drawn: null, or those bits.
 template <int kN>
-__device__ __forceinline__ void round_block(float (&magnitude)[kN], const float (&v)[kN], bool stochastic, RandomKey key, uint64_t block16,
+__device__ __forceinline__ void round_block(float (&magnitude)[kN], const float (&v)[kN], bool stochastic, const BlockHow& how, uint64_t block16,
                                             const uint4* drawn = nullptr) {
   if (stochastic) {
 #pragma unroll
     for (int half = 0; half < kN / 16; half++) {
-      const uint4 r = drawn ? drawn[half] : random_block(key, block16 + half);
+      const uint4 r = drawn ? drawn[half] : random_block(how.key, how.rounds, block16 + half);
       const uint32_t words[4] = {~r.x, ~r.y, ~r.z, ~r.w};        // u: midpoints of 256 intervals, unbiased, and never 0 or 1
 #ifdef CPU_BUILD
       for (int j = 0; j < 16; j += 8) store8(magnitude + 16 * half + j, e2m1_round_bytes8(load8(v + 16 * half + j), load_bytes8(&words[j / 4])));
@@ -226,37 +227,52 @@ __device__ __forceinline__ void round_block(float (&magnitude)[kN], const float 
   }
 }
 __device__ __forceinline__ float with_sign_of(float magnitude, float v) { return bits_float(float_bits(magnitude) | (float_bits(v) & 0x80000000u)); }
-// Writes codes, and values magnitude * scale (* outer), of the elements from column `col` on; the signs are those of v.
-template <int kN>
+// Writes codes, and values magnitude * scale (* outer), of the elements from column `col` on; the signs are those of v. ScaleKind: a scale with few
+// bits, so that its products with magnitudes are BF16 numbers; one of FP32; or one of few bits with an outer scale of FP32.
+enum class ScaleKind { few_bits, fp32, outer };
+template <ScaleKind kKind, int kN>
 __device__ __forceinline__ void store_block(const Operand4& out, int row, int col, const float (&magnitude)[kN], const float (&v)[kN], float scale,
-                                            bool has_outer = false, float outer = 1) {
+                                            float outer = 1) {
   const size_t at = (size_t)row * out.ld + col;
+#ifdef CPU_BUILD
   if (out.codes) {
     Vec<uint32_t, kN / 8> words = {};
-#pragma unroll
     for (int j = 0; j < kN; j++) words.v[j / 8] |= (uint32_t)(e2m1_index(magnitude[j]) | e2m1_sign(v[j])) << (4 * (j % 8));
     *reinterpret_cast<Vec<uint32_t, kN / 8>*>(out.codes + at / 2) = words;
   }
-#ifdef CPU_BUILD
   if (out.values) {
     for (int j = 0; j < kN; j += 8) {
-      const float8 m = load8(magnitude + j) * scale, o = has_outer ? m * outer : m;
+      const float8 m = load8(magnitude + j) * scale, o = kKind == ScaleKind::outer ? m * outer : m;
       store8(out.values + at + j, (float8)((word8)o | ((word8)load8(v + j) & 0x80000000u)));
     }
-    return;
   }
-#endif
+#else
+  float rounded[kN];
+#pragma unroll
+  for (int j = 0; j < kN; j++) rounded[j] = with_sign_of(magnitude[j], v[j]);
+  if (out.codes) {
+    Vec<uint32_t, kN / 8> words;
+#pragma unroll
+    for (int j = 0; j < kN; j += 8) words.v[j / 8] = e2m1_pack8(reinterpret_cast<const float (&)[8]>(rounded[j]));
+    *reinterpret_cast<Vec<uint32_t, kN / 8>*>(out.codes + at / 2) = words;
+  }
   if (out.values) {
     Vec<floatX, kN> q;
-    if (has_outer) {
+    if constexpr (kKind == ScaleKind::few_bits && sizeof(floatX) == 2) {           // two products at once, exact as any
+      const __nv_bfloat162 both = __float2bfloat162_rn(scale);
 #pragma unroll
-      for (int j = 0; j < kN; j++) q.v[j] = from_float<floatX>(with_sign_of(magnitude[j] * scale * outer, v[j]));
+      for (int j = 0; j < kN; j += 2) {
+        const __nv_bfloat162 two = __hmul2(__floats2bfloat162_rn(rounded[j], rounded[j + 1]), both);
+        q.v[j] = two.x;
+        q.v[j + 1] = two.y;
+      }
     } else {
 #pragma unroll
-      for (int j = 0; j < kN; j++) q.v[j] = from_float<floatX>(with_sign_of(magnitude[j] * scale, v[j]));
+      for (int j = 0; j < kN; j++) q.v[j] = from_float<floatX>(kKind == ScaleKind::outer ? rounded[j] * scale * outer : rounded[j] * scale);
     }
     store_vec(out.values + at, q);
   }
+#endif
 }
 // The same for FP8 elements: values e4m3(v) * scale, or e5m2.
 template <int kN>
@@ -282,15 +298,16 @@ template <int kN> __device__ __forceinline__ void clear_block(const Operand4& ou
   if (out.values) for (int j = 0; j < kN; j++) out.values[at + j] = from_float<floatX>(0);
 }
 // v / d, each correctly rounded. A GPU's division takes ten operations and more, most of them to find 1/d: here it is found once. Two
-// corrections by multiply-add then give the correctly rounded quotient as long as nothing leaves the normal range; else it really divides.
+// corrections by multiply-add then give the correctly rounded quotient as long as nothing leaves the normal range; else it really divides. The
+// remainder is taken as q d - v, so that a zero keeps its sign.
 template <int kN> __device__ __forceinline__ void divide_block(float (&v)[kN], float d) {
   if (!kOnCpu && d > 0x1p-80f && d < 0x1p80f) {
     const float r = 1.0f / d;
 #pragma unroll
     for (int j = 0; j < kN; j++) {
       float q = __fmul_rn(v[j], r);
-      q = fmaf(fmaf(-q, d, v[j]), r, q);
-      v[j] = with_sign_of(fabsf(fmaf(fmaf(-q, d, v[j]), r, q)), v[j]);       // -0 stays -0
+      q = fmaf(-fmaf(q, d, -v[j]), r, q);
+      v[j] = fmaf(-fmaf(q, d, -v[j]), r, q);
     }
   } else {
 #pragma unroll
@@ -311,12 +328,19 @@ struct BlockScale {
     return __fmul_rn(d, d);
   }
 };
+// x / c for a constant c that the formulas below have: its reciprocal and one correction by multiply-add, correctly rounded for each of them (the test
+// divides all mantissas); the compiler's own division would not know that.
+__host__ __device__ __forceinline__ float quotient(float x, float c) {
+  const float r = 1.0f / c, q = x * r;
+  return fmaf(-fmaf(q, c, -x), r, q);
+}
+__device__ __forceinline__ float divided(float x, float c) { return !kOnCpu && x > 0x1p-80f && x < 0x1p80f ? quotient(x, c) : x / c; }
 // The FP32 scale for amax of the tensor, or of 128 columns.
 __device__ __forceinline__ TensorScale outer_scale(const OperandRecipe& how, float amax) {
   const float range = nvfp4_range(how.scale);
   if (is_eden(how)) return {0, eden_tensor_scale(amax)};
   if (how.outer == Outer::tensor) return tensor_scale(amax, range);
-  return {0, amax == 0 ? 1.0f : amax / (range / 6) / 6};
+  return {0, amax == 0 ? 1.0f : divided(divided(amax, range / 6), 6)};
 }
 // stretch: 1; 1.5 maps the largest element to 4 instead of 6.
 __device__ __forceinline__ BlockScale block_scale(const OperandRecipe& how, float block_amax, TensorScale t, float stretch = 1) {
@@ -331,7 +355,7 @@ __device__ __forceinline__ BlockScale block_scale(const OperandRecipe& how, floa
   } else {
     const bool eden = is_eden(how);
     s.outer = t.decode;
-    const float wanted = (eden ? block_amax / kEdenStep / s.outer : block_amax / s.outer / 6) * stretch;
+    const float wanted = (eden ? divided(block_amax, kEdenStep) / s.outer : divided(block_amax / s.outer, 6)) * stretch;
     s.scale = how.scale == ScaleRule::ceil ? e4m3_decode(e4m3_encode_ceil(wanted)) : e4m3_round(wanted);
     if (s.scale == 0) s.scale = eden ? 1 : 0x1p-9f;       // the scale that was rounded to 0 as well: never divide by 0
     s.encode = 0;
@@ -407,8 +431,8 @@ struct EdenSums {
   __device__ __forceinline__ void add(const float (&v)[16], const float (&magnitude)[16]) {
 #pragma unroll
     for (int j = 0; j < 16; j++) {
-      vv = __fadd_rn(vv, __fmul_rn(v[j], v[j]));
-      vq = __fadd_rn(vq, __fmul_rn(fabsf(v[j]), magnitude[j]));
+      vv = fmaf(v[j], v[j], vv);
+      vq = fmaf(fabsf(v[j]), magnitude[j], vq);
     }
   }
   __device__ __forceinline__ float correction() const { return vq == 0 ? 1.0f : vv / vq; }
@@ -427,6 +451,10 @@ template <class S> __device__ __forceinline__ float eden_correction128(const flo
   }
   return sums.correction();
 }
+
+// The random bits of MS-EDEN's scales: four rows of a strip, 4 apart, share a draw, of which row i of the strip takes word i / 4.
+__device__ __forceinline__ uint64_t eden_draw(int row, int block, int blocks) { return ((uint64_t)row / 16 * 4 + row % 4) * blocks + block; }
+__device__ __forceinline__ float eden_uniform(uint32_t word) { return (float)(2 * (word & 0xffff) + 1) * 0x1p-17f; }
 
 // Pass 2: codes and scales of a strip. four_tiles: the choice of four over six in 16x16 tiles; tensor: known_tensor_scale().
 template <class S, class Rows>
@@ -448,23 +476,33 @@ __device__ __forceinline__ void nvfp4_strip(Rows& rows, const Operand4& out, con
     for (int u = 0; u < S::kUnits; u++) tile_amax[u] = max_down<S>(tile_amax[u]);
     rows.start();
   }
+  [[maybe_unused]] uint4 eden[4][S::kUnits];                   // a lane's rows share a draw; a thread that has 16 rows has four
+#ifdef CPU_BUILD
+  if constexpr (!S::kWarp) {
+    if (is_eden(recipe)) for (int k = 0; k < 4; k++) random_blocks8(eden[k], how.key, eden_draw(at.row + k, at.col / 16, blocks));
+  }
+#endif
+  if (S::kWarp && is_eden(recipe)) eden[0][0] = random_block(how.key, how.rounds, eden_draw(at.row, at.col / 16, blocks));
 #pragma unroll 1
   for (int i = 0; i < S::kRows; i++) {
     const int row = rows.row(i);
     how.row<S>(v, rows, i, out.cols);
-    const TensorScale outer = wide ? outer_scale(recipe, bits_float(max_along<S>(row_amax_bits(v)))) : tensor;
+    unsigned own_amax[S::kUnits], row_amax = 0;
+#pragma unroll
+    for (int u = 0; u < S::kUnits; u++) row_amax = max(row_amax, own_amax[u] = block_amax_bits(v[u]));
+    const TensorScale outer = wide ? outer_scale(recipe, bits_float(max_along<S>(row_amax))) : tensor;
     float magnitude[S::kUnits][16];
     BlockScale scale[S::kUnits];
     [[maybe_unused]] uint4 drawn[S::kUnits];
 #ifdef CPU_BUILD
     if constexpr (!S::kWarp) {
-      if (recipe.rounding != Rounding::nearest) random_blocks8(drawn, how.key, (uint64_t)row * blocks + at.col / 16);
+      if (recipe.rounding == Rounding::stochastic) random_blocks8(drawn, how.key, (uint64_t)row * blocks + at.col / 16);
     }
 #endif
 #pragma unroll
     for (int u = 0; u < S::kUnits; u++) {
       const int block = at.col / 16 + u;
-      const float block_amax = bits_float(tile ? tile_amax[u] : block_amax_bits(v[u]));
+      const float block_amax = bits_float(tile ? tile_amax[u] : own_amax[u]);
       BlockScale& s = scale[u];
       s = block_scale(recipe, block_amax, outer);
       if (four_six) {
@@ -477,6 +515,10 @@ __device__ __forceinline__ void nvfp4_strip(Rows& rows, const Operand4& out, con
           const bool take_four = error.four < error.six;
           if (take_four) s = four;
           if (recipe.rounding == Rounding::nearest) {            // it has been rounded; of v the sign is left to use, which is that of v on the grid
+            if (!kOnCpu && block_amax != block_amax) {          // where a NaN has none
+#pragma unroll
+              for (int j = 0; j < 16; j++) v[u][j] = v[u][j] != v[u][j] ? bits_float(0x7fffffffu) : v[u][j];
+            }
 #pragma unroll
             for (int j = 0; j < 16; j++) magnitude[u][j] = take_four ? error.rounded4[j] : error.rounded6[j];
             continue;
@@ -489,7 +531,7 @@ __device__ __forceinline__ void nvfp4_strip(Rows& rows, const Operand4& out, con
         for (int j = 0; j < 16; j++) v[u][j] = __fmul_rn(v[u][j], s.encode);
       }
       const bool stochastic = recipe.rounding == Rounding::stochastic;
-      round_block(magnitude[u], v[u], stochastic, how.key, (uint64_t)row * blocks + block, S::kWarp ? nullptr : &drawn[u]);
+      round_block(magnitude[u], v[u], stochastic, how, (uint64_t)row * blocks + block, S::kWarp ? nullptr : &drawn[u]);
     }
     if (is_eden(recipe)) {                                    // the scale takes the correction, and is rounded stochastically: 16 random bits
       const float correction128 = recipe.rounding == Rounding::eden128 ? eden_correction128<S>(v, magnitude) : 0;
@@ -498,8 +540,9 @@ __device__ __forceinline__ void nvfp4_strip(Rows& rows, const Operand4& out, con
         EdenSums sums;
         if (recipe.rounding == Rounding::eden16) sums.add(v[u], magnitude[u]);
         const float correction = recipe.rounding == Rounding::eden16 ? sums.correction() : correction128;
-        const uint32_t random = (S::kWarp ? random_block(how.key, (uint64_t)row * blocks + at.col / 16 + u) : drawn[u]).x & 0xffff;
-        scale[u].scale = e4m3_decode(e4m3_encode_sr(scale[u].scale * correction, (float)(2 * random + 1) * 0x1p-17f));
+        uint4& draw = eden[S::kWarp ? 0 : i % 4][u];             // its next word
+        scale[u].scale = e4m3_decode(e4m3_encode_sr(scale[u].scale * correction, eden_uniform(draw.x)));
+        draw = make_uint4(draw.y, draw.z, draw.w, 0);
       }
     }
 #pragma unroll
@@ -508,7 +551,8 @@ __device__ __forceinline__ void nvfp4_strip(Rows& rows, const Operand4& out, con
       if (row < out.rows && block < blocks) {
         if (out.scales) out.scales[scale_offset(row, block, blocks)] = e4m3_encode(scale[u].scale);
         if (wide && out.outer && block % 8 == 0) out.outer[(size_t)row * ceil_div(blocks, 8) + block / 8] = scale[u].outer;
-        store_block(out, row, col, magnitude[u], v[u], scale[u].scale, wide, scale[u].outer);
+        if (wide) store_block<ScaleKind::outer>(out, row, col, magnitude[u], v[u], scale[u].scale, scale[u].outer);
+        else store_block<ScaleKind::few_bits>(out, row, col, magnitude[u], v[u], scale[u].scale);
       } else if (row < how.rows_covered && col < how.cols_covered) {           // padding
         if (out.scales) out.scales[scale_offset(row, block, blocks)] = 0;
         if (row < out.rows && col < out.ld) clear_block<16>(out, row, col, 8);
@@ -722,8 +766,8 @@ __global__ void __launch_bounds__(kStripThreads, 4) mx_kernel(Operand4 out, Sour
     }
     if (fp8) { store_fp8_block(out, row, col, v, true, scale); return; }
     float magnitude[32];
-    round_block(magnitude, v, how.recipe.rounding == Rounding::stochastic, how.key, 2 * ((uint64_t)row * blocks + block));
-    store_block(out, row, col, magnitude, v, scale);
+    round_block(magnitude, v, how.recipe.rounding == Rounding::stochastic, how, 2 * ((uint64_t)row * blocks + block));
+    store_block<ScaleKind::few_bits>(out, row, col, magnitude, v, scale);
   });
 }
 
@@ -756,9 +800,9 @@ __global__ void __launch_bounds__(kStripThreads, 6) plain_kernel(Operand4 out, c
       float scale = bits_float(row_amax[row]) / kE2M1Max, magnitude[16];
       if (scale == 0) scale = 1;
       divide_block(v, scale);
-      round_block(magnitude, v, how.recipe.rounding == Rounding::stochastic, how.key, (uint64_t)row * blocks + block);
+      round_block(magnitude, v, how.recipe.rounding == Rounding::stochastic, how, (uint64_t)row * blocks + block);
       if (out.outer && block == 0) out.outer[row] = scale;
-      store_block(out, row, col, magnitude, v, scale);
+      store_block<ScaleKind::fp32>(out, row, col, magnitude, v, scale);
     }
   });
 }
@@ -880,7 +924,7 @@ inline SignBits how_signs(const QuantizeHow& how) {
   if (how.recipe.signs != Signs::none) { signs.word[0] = how.sign_bits[0]; signs.word[1] = how.sign_bits[1]; }
   return signs;
 }
-inline BlockHow block_how(const QuantizeHow& how) { return {how.recipe, how_signs(how), how.key, 0, 0}; }
+inline BlockHow block_how(const QuantizeHow& how) { return {how.recipe, how_signs(how), how.key, round_keys(how.key.seed), 0, 0}; }
 template <bool kWarp, class Source> void quantize_source(Operand4 out, const Source& x, const QuantizeHow& how, uint32_t* groups) {
   if (how.recipe.rht) out.cols = round_up(out.cols, how.recipe.rht);          // whole groups; ld stays as it is
   check_operand(out, how.recipe, groups);
