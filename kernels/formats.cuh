@@ -108,7 +108,7 @@ __host__ __device__ __forceinline__ uint32_t e2m1_nibbles(uint32_t even, uint32_
   const uint32_t below = (even >> 1 & 0x07070707u) | (even >> 4 & ~0x07070707u), above = (odd & 0x80808080u) | (odd << 3 & ~0x80808080u);
   return (below & 0x0f0f0f0fu) | (above & 0xf0f0f0f0u);
 }
-#ifdef __CUDA_ARCH__
+#ifndef CPU_BUILD
 // The codes of 8 values of the grid, with the floats' signs. An FP16 number 2^-14 times as large has its code in its upper byte, as s000iii0 (compare
 // e2m1_magnitude()).
 __device__ __forceinline__ uint32_t e2m1_pack8(const float (&v)[8]) {

@@ -89,6 +89,9 @@ template <> struct KnownFor<true, true, Matrix<bf16>> {
 template <> struct KnownFor<true, true, Packed> { using List = KnownList<Known::outer_sr16, Known::eden_rht128>; };
 #endif
 
+// Blocks of each kernel that a multiprocessor is to hold: what their registers allow.
+constexpr int kAmaxBlocks = 8, kNvfp4Blocks = 5, kMxBlocks = 4, kPlainBlocks = 6;
+
 // What every kernel below wants to know.
 struct BlockHow {
   OperandRecipe recipe;
@@ -149,7 +152,7 @@ __device__ __forceinline__ unsigned finished_amax(const OperandRecipe& how, unsi
   return float_bits(rounds_rotated(how) ? to_float(to_bf16(f)) : f) & 0x7fffffffu;
 }
 template <bool kTranspose, bool kWarp, class Source, int kRht>
-__global__ void __launch_bounds__(kStripThreads, 8) amax_kernel(unsigned* plain, unsigned* rotated, unsigned* row_amax, Source x, BlockHow how) {
+__global__ void __launch_bounds__(kStripThreads, kAmaxBlocks) amax_kernel(unsigned* plain, unsigned* rotated, unsigned* row_amax, Source x, BlockHow how) {
   using S = Share<16, kWarp>;
   if constexpr (kRht >= 0) how.recipe.rht = kRht;
   alignas(16) __shared__ typename Source::Element shared[shared_elements<S, kTranspose, Source>()];
@@ -570,7 +573,7 @@ __device__ __forceinline__ TensorScale known_tensor_scale(const OperandRecipe& r
   return recipe.outer == Outer::b1x128 ? TensorScale{} : outer_scale(recipe, *amax);
 }
 template <bool kTranspose, bool kWarp, class Source, Known kKnown>
-__global__ void __launch_bounds__(kStripThreads, 5) nvfp4_kernel(Operand4 out, const uint32_t* four_tiles, Source x, BlockHow how) {
+__global__ void __launch_bounds__(kStripThreads, kNvfp4Blocks) nvfp4_kernel(Operand4 out, const uint32_t* four_tiles, Source x, BlockHow how) {
   using S = Share<16, kWarp>;
   make_known<kKnown>(how);
   alignas(16) __shared__ typename Source::Element shared[shared_elements<S, kTranspose, Source>()];
@@ -732,7 +735,7 @@ __device__ inline uint8_t mx_scale(const OperandRecipe& how, const float (&v)[32
   return how.scale == ScaleRule::quest_floor ? e8m0_encode_floor(s) : e8m0_encode_nearest(s);
 }
 template <bool kTranspose, bool kWarp, class Source>
-__global__ void __launch_bounds__(kStripThreads, 4) mx_kernel(Operand4 out, Source x, BlockHow how) {
+__global__ void __launch_bounds__(kStripThreads, kMxBlocks) mx_kernel(Operand4 out, Source x, BlockHow how) {
   using S = Share<32, kWarp>;
   alignas(16) __shared__ typename Source::Element shared[shared_elements<S, kTranspose, Source>()];
   const Source source = x.ready();
@@ -773,7 +776,7 @@ __global__ void __launch_bounds__(kStripThreads, 4) mx_kernel(Operand4 out, Sour
 
 // ------------------------------------------------------------------ one scale for each row; FP8, one scale a tensor; no quantization at all
 template <bool kTranspose, bool kWarp, class Source>
-__global__ void __launch_bounds__(kStripThreads, 6) plain_kernel(Operand4 out, const unsigned* row_amax, Source x, BlockHow how) {
+__global__ void __launch_bounds__(kStripThreads, kPlainBlocks) plain_kernel(Operand4 out, const unsigned* row_amax, Source x, BlockHow how) {
   using S = Share<16, kWarp>;
   alignas(16) __shared__ typename Source::Element shared[shared_elements<S, kTranspose, Source>()];
   const Source source = x.ready();
@@ -851,12 +854,12 @@ inline void unpack_values(const Operand4& p, const OperandRecipe& how) {
 inline bool needs_amax(const OperandRecipe& r) {
   return (r.format == Format::nvfp4 && r.outer == Outer::tensor) || is_fp8(r.format) || r.format == Format::fp4_vector;
 }
-// A grid that gives every strip a warp (on the CPU: a thread).
+// A grid of as many blocks as the GPU holds at once, `resident` a multiprocessor: they stay, and go from strip to strip. On the CPU a thread a strip.
 struct Grid { unsigned blocks, threads; };
-template <bool kTranspose, bool kWarp> Grid strips_grid(int rows, int cols) {
+template <bool kTranspose, bool kWarp> Grid strips_grid(int rows, int cols, int resident) {
   const unsigned units = strip_units<Share<16, kWarp>, kTranspose>(rows, cols);
   if (!kWarp) return {ceil_div(units, 8u), 8};
-  return {kTranspose ? min(units, 5u * multiprocessors()) : units, kStripThreads};          // the column copy's blocks stay
+  return {min(units, (unsigned)(resident * multiprocessors())), kStripThreads};
 }
 template <bool kTranspose, bool kWarp, class Source>
 void launch_amax(float* plain, float* rotated, uint32_t* row_amax, const Source& x, int rows, int cols, BlockHow how) {
@@ -865,9 +868,8 @@ void launch_amax(float* plain, float* rotated, uint32_t* row_amax, const Source&
   if (row_amax) device_zero(row_amax, (size_t)rows);
   how.rows_covered = rows;
   how.cols_covered = cols;
-  const Grid grid = strips_grid<kTranspose, kWarp>(rows, cols);
-  const unsigned blocks = kOnCpu ? grid.blocks : min(grid.blocks, 8u * multiprocessors());
-  auto go = [&](auto kernel) { launch(kernel, blocks, grid.threads, 0, (unsigned*)plain, (unsigned*)rotated, row_amax, x, how); };
+  const Grid grid = strips_grid<kTranspose, kWarp>(rows, cols, kTranspose ? 5 : kAmaxBlocks);        // tiles of columns take 33 KB of shared memory
+  auto go = [&](auto kernel) { launch(kernel, grid.blocks, grid.threads, 0, (unsigned*)plain, (unsigned*)rotated, row_amax, x, how); };
   if constexpr (kOnCpu) return go(amax_kernel<kTranspose, kWarp, Source, -1>);
   else if (how.recipe.rht == 0) go(amax_kernel<kTranspose, kWarp, Source, 0>);
   else if (how.recipe.rht == 16) go(amax_kernel<kTranspose, kWarp, Source, 16>);
@@ -896,7 +898,8 @@ void launch_quantize(const Operand4& out, const Source& x, BlockHow how, uint32_
     launch_amax<kTranspose, kWarp>(r.rht ? nullptr : out.amax, r.rht ? out.amax : nullptr, r.format == Format::fp4_vector ? groups : nullptr, x,
                                    out.rows, out.cols, how);
   cover(how, out);
-  const Grid grid = strips_grid<kTranspose, kWarp>(how.rows_covered, how.cols_covered);
+  const Grid grid = strips_grid<kTranspose, kWarp>(how.rows_covered, how.cols_covered,
+                                                   is_mx(r.format) ? kMxBlocks : r.format == Format::nvfp4 ? kNvfp4Blocks : kPlainBlocks);
   if (is_mx(r.format)) return launch(mx_kernel<kTranspose, kWarp, Source>, grid.blocks, grid.threads, 0, out, x, how);
   if (r.format != Format::nvfp4) return launch(plain_kernel<kTranspose, kWarp, Source>, grid.blocks, grid.threads, 0, out, groups, x, how);
   if (r.blocks == Blocks::b16x16 && r.scale == ScaleRule::four_six) {
