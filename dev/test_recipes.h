@@ -480,6 +480,82 @@ inline void test_strip_forms() {
 inline void test_strip_forms() { skip("a warp a strip and a thread a strip give the same bits", "the CPU's build compares them"); }
 #endif
 
+// The searches for a maximum rotate in an order of their own, and leave out what a maximum does not need: against the rotation as it is defined, every
+// sum rounded, on the host. Values over 2^40, so that another order of the sums gives other bits; infinities that meet in the last sum, or in another;
+// sums that overflow; a NaN; nothing but -0.
+inline float rotated_maximum(const std::vector<float>& x, int rows, int cols, bool transpose, const OperandRecipe& o, const QuantizeHow& how) {
+  const int lines = transpose ? cols : rows, length = transpose ? rows : cols, n = o.rht;
+  float m = 0, nan = 0;
+  std::vector<float> v(max(n, 1));
+  for (int line = 0; line < lines; line++) for (int first = 0; first < length; first += (int)v.size()) {
+    for (int i = 0; i < (int)v.size(); i++) {
+      const int at = first + i;
+      v[i] = at >= length ? 0 : transpose ? x[(size_t)at * cols + line] : x[(size_t)line * cols + at];
+      if (n && how.sign_bits[i / 64] >> i % 64 & 1) v[i] = -v[i];
+    }
+    for (int distance = 1; distance < n; distance *= 2)
+      for (int i = 0; i < n; i++) if (!(i & distance)) { const float a = v[i], b = v[i + distance]; v[i] = a + b; v[i + distance] = a - b; }
+    for (float e : v) if (e != e) nan = NAN; else m = fmaxf(m, fabsf(e));
+  }
+  m = (m + nan) * (n == 0 ? 1 : n == 16 ? 0.25f : 0.08838834764831845f);
+  return rounds_rotated(o) ? to_float(to_bf16(m)) : m;
+}
+inline void test_rotated_maxima() {
+  Mismatches m, one;
+  Rng rng(187);
+  const OperandRecipe none = operand_of("nvfp4"), fixed16 = operand_of("nvfp4 rht=16 signs=fixed"), fresh16 = operand_of("nvfp4 rht=16 signs=fresh"),
+                      eden = operand_of("nvfp4 rounding=eden16 rht=128 signs=fresh"), from_how = operand_of("nvfp4 outer=1x128");
+  int infinite = 0, nans = 0;
+  for (const auto& [row, column] : {std::pair(none, fixed16), std::pair(none, fresh16), std::pair(eden, eden)})
+    for (auto [rows, cols] : {std::pair(150, 72), std::pair(37, 304), std::pair(129, 136), std::pair(260, 128)})
+      for (int trial = 0; trial < 14; trial++) {
+        std::vector<float> x = random_matrix(rows, cols, 188 + trial);
+        for (float& e : x) e = trial == 13 ? -0.0f : ldexpf(e, trial == 12 ? 126 : (int)rng.below(40) - 20);
+        const int r = (int)rng.below(rows), c = (int)rng.below(cols), last = column.rht / 2;
+        auto at = [&](int i, int j) -> float& { return x[(size_t)(i < rows ? i : r) * cols + (j < cols ? j : c)]; };
+        if (trial == 7) at(r, c) = NAN;
+        if (trial >= 8 && trial <= 11) at(r, c) = INFINITY;
+        if (trial == 9) at(r ^ last, c) = at(r, c ^ last) = INFINITY;
+        if (trial == 10) at(r ^ 1, c) = at(r, c ^ 2) = -INFINITY;
+        if (trial == 11) at((int)rng.below(rows), (int)rng.below(cols)) = -INFINITY;
+        std::vector<bf16> stored;
+        for (float& e : x) { stored.push_back(to_bf16(e)); e = to_float(stored.back()); }
+        TestArray<bf16> y(stored);
+        TestArray<float> both(2);
+        QuantizeHow how = random_key(rng, false), turned = random_key(rng, true);
+        how.recipe = row;
+        turned.recipe = column;
+        if (column.signs == Signs::fixed) turned.sign_bits[0] = kTestSigns;
+        const float by_rows = rotated_maximum(x, rows, cols, false, row, how), by_columns = rotated_maximum(x, rows, cols, true, column, turned);
+        char where[64];
+        snprintf(where, sizeof where, "rht %d, %d x %d, trial %d", column.rht, rows, cols, trial);
+        amax_of_both<true>(both.p, both.p + 1, (const bf16*)y.p, rows, cols, how, turned);
+        m.add(same_float(both.host()[0], by_rows), where, 0, both.host()[0], by_rows);
+        m.add(same_float(both.host()[1], by_columns), where, 1, both.host()[1], by_columns);
+        infinite += by_columns > FLT_MAX;
+        nans += by_columns != by_columns;
+        // each copy's own search, and from a packed operand
+        const BlockHow straight = block_how(how), crossed = block_how(turned);
+        const Matrix<bf16> source = {y.p, rows, cols};
+        if (row.rht) launch_amax<false, true>(nullptr, both.p, nullptr, source, rows, round_up(cols, row.rht), straight);
+        launch_amax<true, true>(nullptr, both.p + 1, nullptr, source, cols, round_up(rows, column.rht), crossed);
+        one.add(same_float(both.host()[0], by_rows), where, 0, both.host()[0], by_rows);
+        one.add(same_float(both.host()[1], by_columns), where, 1, both.host()[1], by_columns);
+        OperandOnDevice packed(from_how, rows, cols, true, false);
+        QuantizeHow plain;
+        plain.recipe = from_how;
+        quantize(packed.out, (const bf16*)y.p, plain, packed.groups.p);
+        TestArray<float> values((size_t)rows * cols);
+        dequantize(values.p, packed.out, from_how);
+        launch_amax<true, true>(nullptr, both.p + 1, nullptr, Packed{packed.out, from_how}, cols, round_up(rows, column.rht), crossed);
+        const float doubled = rotated_maximum(values.host(), rows, cols, true, column, turned);
+        one.add(same_float(both.host()[1], doubled), where, 2, both.host()[1], doubled);
+      }
+  m.report("max|x| of both copies, rotated, to the bit: every sum of the rotation in its order");
+  one.report("of one copy alone, and from a packed operand");
+  check("among them were infinite ones, and NaN", infinite >= 12 && nans >= 24, "%d, %d", infinite, nans);
+}
+
 // Both copies of a matrix from one reading, and both maxima: the bits of quantize(), once for each copy. Squares at the edges, several for a block, rows
 // that do not start on 16 bytes (then there are two kernels); and pairs that no kernel is known for.
 inline void test_both_copies() {
@@ -1436,7 +1512,7 @@ inline void test_recipe_training() {
 
 // Among the kernels' checks: in both thread orders.
 inline void test_quantizer_forms() {
-  if (section("quantizers: a warp a strip, a thread a strip, a thread a block")) { test_strip_forms(); test_both_copies(); test_packed_sources(); test_simple_quantizer(); }
+  if (section("quantizers: a warp a strip, a thread a strip, a thread a block")) { test_strip_forms(); test_rotated_maxima(); test_both_copies(); test_packed_sources(); test_simple_quantizer(); }
 }
 inline void test_recipes() {
   if (section("recipes: quantizers")) {

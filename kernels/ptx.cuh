@@ -308,6 +308,15 @@ __device__ __forceinline__ uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
          (uint32_t)to_bf16(bits_float(a & 0xffff0000u) * bits_float(b & 0xffff0000u)).bits << 16;
 #endif
 }
+// max(|m|, |x|) of each of two bf16, NaN if there is one; the signs of the result mean nothing.
+__device__ __forceinline__ uint32_t max_abs_bf16x2(uint32_t m, uint32_t x) {
+#ifndef CPU_BUILD
+  asm("max.NaN.xorsign.abs.bf16x2 %0, %0, %1;" : "+r"(m) : "r"(x));
+  return m;
+#else
+  return max(m & 0x7fffu, x & 0x7fffu) | max(m & 0x7fff0000u, x & 0x7fff0000u);
+#endif
+}
 // Two floats rounded to bf16 (to nearest even) in one register, the first in the lower half.
 __device__ inline uint32_t pack_bf16(float first, float second) {
 #ifndef CPU_BUILD

@@ -158,14 +158,21 @@ __global__ void __launch_bounds__(kStripThreads, kAmaxBlocks) amax_kernel(unsign
   alignas(16) __shared__ typename Source::Element shared[shared_elements<S, kTranspose, Source>()];
   unsigned most = 0, most_rotated = 0;
   const Source source = x.ready();
+  constexpr bool kKnown = kWarp && kRht > 0;
+  [[maybe_unused]] const LaneSigns<kKnown ? kRht : 16, 16> signs(how.signs, (int)threadIdx.x);
   for_each_strip<S, kTranspose>(source, how.rows_covered, how.cols_covered, shared, [&](auto& rows) {
 #pragma unroll 1
     for (int i = 0; i < S::kRows; i++) {
       RowPart<S> v;
       rows.load(v, i);
       if (plain) most = max(most, row_amax_bits(v));
-      if (how.recipe.rht && (rotated || row_amax)) rotate_row<S>(v, how.recipe.rht, how.signs, rows.at.along);
-      const unsigned m = row_amax_bits(v);
+      unsigned m;
+      if constexpr (kKnown) {
+        m = rotated_amax_bits(v[0], signs);
+      } else {
+        if (how.recipe.rht && (rotated || row_amax)) rotate_row<S>(v, how.recipe.rht, how.signs, rows.at.along);
+        m = row_amax_bits(v);
+      }
       most_rotated = max(most_rotated, m);
       if (!row_amax) continue;
       const unsigned whole = max_along<S>(m);
@@ -677,39 +684,75 @@ nvfp4_both_kernel(Operand4 row_out, Operand4 column_out, Matrix<bf16> x, BlockHo
     }
   });
 }
-// max|x| after the rotation of its rows, and after that of its columns. Beyond the edges of x are zeros, which change no maximum.
+// Runs of 32 elements of rows of the square, or of its columns, four lanes to a line of 128, eight lines at once: as they lie in memory, in pairs, so
+// that rows and columns alike take four loads of 16 bytes a lane. A column's pairs come from ldmatrix, which hands each of four lanes 2 of the 8 rows
+// that it is told: each lane's lie 32 apart. Banks: two rows 32 bytes apart share what 8 lanes read at once; ldmatrix reads 4 pairs 32 bytes apart.
+constexpr int kRun = 32;
+using SquareRun = Matrix<bf16>::Words<kRun>;
+struct SquareRuns {
+  bool columns;
+  int from;                                                     // in the square: of what this lane's first load names
+  // line: this warp's first row or column; a multiple of 16
+  __device__ __forceinline__ SquareRuns(bool by_columns, int line) : columns(by_columns) {
+    const int lane = (int)threadIdx.x % 32;
+    from = columns ? square_offset(kRun * (lane / 2 % 4) + 2 * (lane / 8) + lane % 2, line) : square_offset(line + 2 * (lane / 4), kRun * (lane % 4));
+  }
+  // The i-th eight lines.
+  __device__ __forceinline__ void load(SquareRun& run, const bf16* square, int i) const {
+    const bf16* at = square + from + (columns ? 8 * i : square_offset(i / 2 * 16 + i % 2, 0));
+#pragma unroll
+    for (int q = 0; q < 4; q++) {
+      uint32_t words[4];
+      if (columns) {
+        ldmatrix_x4_trans(words, at + square_offset(8 * q, 0));
+      } else {
+        const Vec<uint32_t, 4> eight = load_vec<4>((const uint32_t*)(at + 8 * q));
+        memcpy(words, &eight, sizeof words);
+      }
+      memcpy(&run.word[4 * q], words, sizeof words);
+    }
+  }
+};
+// max|x| of the rotated columns and, with a rotation of the rows, of those: half of the warps take the rows, half the columns. Without one: of x as it
+// is, from the words that the columns are made of. Beyond the edges of x are zeros, which change no maximum.
 template <int kRowRht, int kColumnRht>
 __global__ void __launch_bounds__(kBothThreads, kBothBlocks)
 amax_both_kernel(unsigned* row_amax, unsigned* column_amax, Matrix<bf16> x, BlockHow row_how, BlockHow column_how) {
-  using S = Share<16, true>;
+  static_assert(kRowRht == 0 || kRowRht == kColumnRht, "half of the warps do as the others do");
+  constexpr int kWarps = kBothThreads / 32 / (kRowRht ? 2 : 1), kLines = kSquare / kWarps;
   DYNAMIC_SHARED(bf16, shared);
-  unsigned by_rows = 0, by_columns = 0;
-  auto most = [](const auto& rows, int rht, const BlockHow& how) {
-    unsigned m = 0;
-#pragma unroll 1
-    for (int i = 0; i < S::kRows; i++) {
-      RowPart<S> v;
-      rows.load(v, i);
-      if (rht) rotate_row<S>(v, rht, how.signs, rows.at.along);
-      m = max(m, row_amax_bits(v));
-    }
-    return m;
-  };
+  const int warp = (int)threadIdx.x / 32, first = warp % kWarps * kLines;
+  const bool columns = kRowRht == 0 || warp < kWarps;
+  const SquareRuns runs(columns, first);
+  SignBits bits;
+  for (int k = 0; k < 2; k++) bits.word[k] = columns ? column_how.signs.word[k] : row_how.signs.word[k];
+  const LaneSigns<kColumnRht, kRun> signs(bits, (int)threadIdx.x % 4);
+  unsigned most = 0, plain = 0;
   const unsigned down = ceil_div((unsigned)x.rows, (unsigned)kSquare), across = ceil_div((unsigned)x.cols, (unsigned)kSquare);
-  for_each_square<kBothThreads>(x, down, across, shared, [&](const bf16* square, int row, int col) {
+  for_each_square<kBothThreads>(x, down, across, shared, [&](const bf16* square, int, int) {
 #pragma unroll 1
-    for (int strip = (int)threadIdx.x / 32; strip < 8; strip += kBothThreads / 32) {
-      const SquareRows<S, false> rows(square, row, col, strip, x.rows, x.cols);
-      by_rows = max(by_rows, most(rows, kRowRht, row_how));
-      const SquareRows<S, true> columns(square, col, row, strip, x.cols, x.rows);
-      by_columns = max(by_columns, most(columns, kColumnRht, column_how));
+    for (int i = 0; i < kLines / 8; i++) {
+      SquareRun run;
+      runs.load(run, square, i);
+      float v[kRun];
+#pragma unroll
+      for (int j = 0; j < kRun; j++) v[j] = run[j];
+      if (!kRowRht) {
+#pragma unroll
+        for (int j = 0; j < kRun / 2; j++) plain = max_abs_bf16x2(plain, run.word[j]);
+      }
+      most = max(most, rotated_amax_bits(v, signs));
     }
   });
-  by_rows = max_down<S>(max_along<S>(by_rows));
-  by_columns = max_down<S>(max_along<S>(by_columns));
+  plain = max(plain << 16 & 0x7fff0000u, plain & 0x7fff0000u);
+  if (!kOnCpu && plain > 0x7f800000u) plain = 0x7fffffffu;      // a GPU's NaN, as a float
+  using S = Share<16, true>;
+  most = max_down<S>(max_along<S>(most));
+  if (!kRowRht) plain = max_down<S>(max_along<S>(plain));
   if (threadIdx.x % 32) return;
-  atomicMax(row_amax, finished_amax(row_how.recipe, by_rows));
-  atomicMax(column_amax, finished_amax(column_how.recipe, by_columns));
+  if (columns) atomicMax(column_amax, finished_amax(column_how.recipe, most));
+  else atomicMax(row_amax, finished_amax(row_how.recipe, most));
+  if (!kRowRht) atomicMax(row_amax, plain);
 }
 
 // ------------------------------------------------------------------ MXFP4, MXFP8: a power of two for 32 elements
@@ -870,7 +913,7 @@ void launch_amax(float* plain, float* rotated, uint32_t* row_amax, const Source&
   how.cols_covered = cols;
   const Grid grid = strips_grid<kTranspose, kWarp>(rows, cols, kTranspose ? 5 : kAmaxBlocks);        // tiles of columns take 33 KB of shared memory
   auto go = [&](auto kernel) { launch(kernel, grid.blocks, grid.threads, 0, (unsigned*)plain, (unsigned*)rotated, row_amax, x, how); };
-  if constexpr (kOnCpu) return go(amax_kernel<kTranspose, kWarp, Source, -1>);
+  if constexpr (!kWarp) return go(amax_kernel<kTranspose, kWarp, Source, -1>);
   else if (how.recipe.rht == 0) go(amax_kernel<kTranspose, kWarp, Source, 0>);
   else if (how.recipe.rht == 16) go(amax_kernel<kTranspose, kWarp, Source, 16>);
   else if (how.recipe.rht == 128) go(amax_kernel<kTranspose, kWarp, Source, 128>);
@@ -996,11 +1039,13 @@ void amax_of_both(float* row, float* column, const T* x, int rows, int cols, con
   const BlockHow how = block_how(turned), row_how = block_how(straight);
   const Matrix<T> source = {x, rows, cols};
   if constexpr (kWarp && std::is_same_v<T, bf16>) {
-    if (row_how.recipe.rht == 128 && how.recipe.rht == 128 && cols % 8 == 0 && both_fit()) {
+    const int row_rht = row_how.recipe.rht, rht = how.recipe.rht;
+    if (((row_rht == 128 && rht == 128) || (row_rht == 0 && rht == 16)) && cols % 8 == 0 && both_fit()) {
       device_zero(row, 1);
       device_zero(column, 1);
-      launch(amax_both_kernel<128, 128>, both_blocks(ceil_div(rows, kSquare) * ceil_div(cols, kSquare)), kBothThreads, kBothShared, (unsigned*)row,
-             (unsigned*)column, source, row_how, how);
+      const auto kernel = rht == 128 ? amax_both_kernel<128, 128> : amax_both_kernel<0, 16>;
+      launch(kernel, both_blocks(ceil_div(rows, kSquare) * ceil_div(cols, kSquare)), kBothThreads, kBothShared, (unsigned*)row, (unsigned*)column,
+             source, row_how, how);
       return;
     }
   }

@@ -543,3 +543,98 @@ template <int kN> __device__ __forceinline__ unsigned block_amax_bits(const floa
   return m;
 #endif
 }
+
+// ------------------------------------------------------------------ the largest value after a rotation
+// For a maximum neither the places nor the signs of the rotated values matter, so that a rotation costs less than rotate_row()'s; the sums are the
+// same ones, rounded alike. kPer neighbours of a group of kN are with one lane, or whole groups; the lanes of a group are neighbours in a warp.
+//   Signs    Those of the input wait: +-a +-b is the sign of a times (a +-b), and a lane keeps the products of two signs (kPer - 1 of them), with which
+//            multiply-adds do the butterflies.
+//   Lanes    Before a butterfly between two lanes each sends the half of its values that the other goes on with, so that both butterflies' ends are in
+//            one lane: half a shuffle a value instead of one. What is sent must be the same registers in both: where the other lane's is wanted,
+//            the butterfly that made it leaves a - b in the place of a + b. That is a factor -1 again, and costs nothing.
+//   Maximum  Of the last butterfly's a + b and a - b the larger one is |a| + |b|.
+template <int kN, int kPer> struct LaneSigns {
+  static constexpr int kHeld = kPer < kN ? kPer : kN, kLanes = kN / kHeld;
+  float with[kHeld];                                           // [i]: sign of input i times that of i without its last bit, which it meets
+  float across[kLanes];                                        // [k]: this lane's sign times that of the lane at distance 2^k
+  // along: this lane's number; its place in its group are the last bits
+  __device__ __forceinline__ LaneSigns(const SignBits& signs, int along) {
+    auto bits_of = [&](int lane) { return (uint32_t)((lane * kHeld < 64 ? signs.word[0] : signs.word[1]) >> (lane * kHeld % 64)); };
+    const uint32_t bits = bits_of(along % kLanes);
+#pragma unroll
+    for (int i = 1; i < kHeld; i++) {
+      uint32_t negated = bits >> i ^ bits >> (i & (i - 1));
+#pragma unroll
+      for (int k = 0; 1 << k < kLanes; k++) if ((i & -i) == kept_by(k)) negated ^= (uint32_t)along >> k;
+      with[i] = in_register(negate_if(1.0f, negated & 1));
+    }
+#pragma unroll
+    for (int k = 0; 1 << k < kLanes; k++) across[k] = in_register(negate_if(1.0f, (bits ^ bits_of(along % kLanes ^ 1 << k)) & 1));
+  }
+  // Says nothing to the compiler of where x comes from, which it would otherwise make anew each time, in three operations.
+  static __device__ __forceinline__ float in_register(float x) {
+#ifdef __CUDA_ARCH__
+    asm("" : "+f"(x));
+#endif
+    return x;
+  }
+  // The bit of a value's place that says which of two lanes at distance 2^k goes on with it.
+  static __device__ __forceinline__ constexpr int kept_by(int k) { return kHeld >> (k + 1); }
+};
+// max(|a + b|, |a - b|) of all pairs, as bits
+template <int kPairs> __device__ __forceinline__ unsigned last_butterfly_amax_bits(const float (&a)[kPairs], const float (&b)[kPairs]) {
+  float sum[kPairs];
+#pragma unroll
+  for (int j = 0; j < kPairs; j++) sum[j] = fabsf(a[j]) + fabsf(b[j]);
+#ifdef __CUDA_ARCH__
+  unsigned m = 0;                                              // two in one operation; a NaN that a GPU makes is 0x7fffffff
+#pragma unroll
+  for (int j = 0; j < kPairs; j += 2) m = __vimax3_u32(m, float_bits(sum[j]), float_bits(sum[j + 1]));
+#else
+  unsigned m = block_amax_bits(sum);
+#endif
+  if (m == 0x7f800000u) {                                      // two infinities make an infinity and a NaN
+#pragma unroll
+    for (int j = 0; j < kPairs; j++) {
+      const float both[2] = {a[j] + b[j], a[j] - b[j]};
+      m = max(m, block_amax_bits(both));
+    }
+  }
+  return m;
+}
+// max|v| after the rotation of v, which is used up, without the factor 1/sqrt(kN): as bits. Of what this lane comes to hold: not the values of its own
+// place, but of its own group.
+template <int kN, int kPer> __device__ __forceinline__ unsigned rotated_amax_bits(float (&v)[kPer], const LaneSigns<kN, kPer>& signs) {
+  using L = LaneSigns<kN, kPer>;
+  float a[kPer / 2], b[kPer / 2];                              // of the last butterfly
+#pragma unroll
+  for (int distance = 1; distance < L::kHeld; distance *= 2) {
+#pragma unroll
+    for (int j = 0; j < kPer; j++) {
+      if (j & distance) continue;
+      const float x = v[j], y = v[j + distance], sign = signs.with[((j & -distance) | distance) % L::kHeld];
+      if (2 * distance == kN) {
+        a[j / kN * (kN / 2) + j % kN] = x;
+        b[j / kN * (kN / 2) + j % kN] = y;
+      } else {
+        v[j] = fmaf(y, sign, x);
+        v[j + distance] = fmaf(-y, sign, x);
+      }
+    }
+  }
+#pragma unroll
+  for (int k = 0; 1 << k < L::kLanes; k++) {
+    const int bit = L::kept_by(k);
+    int pairs = 0;
+#pragma unroll
+    for (int j = 0; j < kPer; j++) {
+      if (j & bit) continue;
+      const float x = v[j], y = __shfl_xor_sync(0xffffffffu, v[j + bit], 1 << k);
+      v[j] = fmaf(y, signs.across[k], x);
+      v[j + bit] = fmaf(-y, signs.across[k], x);
+      a[pairs] = x;
+      b[pairs++] = y;
+    }
+  }
+  return last_butterfly_amax_bits(a, b);
+}
