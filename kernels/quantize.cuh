@@ -608,17 +608,22 @@ __host__ __device__ constexpr int square_offset(int row, int column) { return ro
 constexpr int kSquareElements = square_offset(kSquare, 0);
 constexpr size_t kBothShared = kTiles * kSquareElements * sizeof(bf16);
 template <int kThreads> __device__ __forceinline__ void fetch_square(bf16* square, const Matrix<bf16>& x, int first_row, int first_col) {
-  constexpr int kStep = kThreads / 16;                          // rows at once; 16, or a part
-  static_assert(16 % kStep == 0);
+  constexpr int kStep = kThreads / 16;                          // rows at once
+  static_assert(kStep == 16, "a step is as long in the whole square");
   const int r = first_row + (int)threadIdx.x / 16, part = (int)threadIdx.x % 16 * 8;
-  const bool in_row = first_col + part < x.cols;                // rows of whole 16 bytes
   bf16* to = square + square_offset((int)threadIdx.x / 16, part);
   const bf16* from = x.x + (size_t)r * x.cols + first_col + part;
-#pragma unroll 1                                                // unrolled, it takes registers that the strips lack
-  for (int row = 0; row < kSquare; row += kStep) {
+  const size_t step = (size_t)kStep * x.cols;
+  if (first_row + kSquare <= x.rows && first_col + kSquare <= x.cols) {
+#pragma unroll
+    for (int row = 0; row < kSquare; row += kStep, from += step) cp_async<16>(to + square_offset(row, 0), from, true);
+    return;
+  }
+  const bool in_row = first_col + part < x.cols;                // rows of whole 16 bytes
+#pragma unroll 1
+  for (int row = 0; row < kSquare; row += kStep, from += step) {
     const bool inside = in_row && r + row < x.rows;
     cp_async<16>(to + square_offset(row, 0), inside ? from : x.x, inside);
-    from += (size_t)kStep * x.cols;
   }
 }
 // Calls use(square, first row, first column) for this block's squares of the first `down` x `across`. Neighbouring blocks have neighbouring columns.
