@@ -411,6 +411,7 @@ struct Model {
   int logit_rows = 0;
   floatX *dresidual, *dnorm, *datt, *dqkv, *dact, *dfc, *dfinal;
   LinearScratch scratch;
+  Scalars scalars;                     // (Scalars::kLayer) for each linear layer
 
   int qkv_width() const { return (config.heads + 2 * config.kv_heads) * config.head_dim; }
   int att_width() const { return config.heads * config.head_dim; }
@@ -564,7 +565,10 @@ void allocate_model(Model& m, bool print) {
     a.want(&m.scratch.outer[i], n / 128, "operands of the GEMM in flight");
   }
   if (linear_needs_rotated(m.recipe)) a.want(&m.scratch.rotated, quantized, "an operand before rounding, FP32");
-  a.want(&m.scratch.tiles, tiles, small); a.want(&m.scratch.scalars, kLinearScalars, small);
+  a.want(&m.scratch.tiles, tiles, small);
+  m.scalars.size = Scalars::kLayer * 4 * c.layers;
+  m.scratch.scalars = &m.scalars;
+  a.want(&m.scalars.all, (size_t)m.scalars.size, small);
   if (m.training) {
     a.want(&m.order, T, small); a.want(&m.segment_start, T + 1, small); a.want(&m.segment_token, T, small);
     const size_t reduce = max(max(norm_backward_scratch((int)T, c.channels), grad_norm_scratch()), max(bias_backward_scratch((int)T, m.qkv_width()), gelu_backward_scratch((int)T, m.config.ffn)));
@@ -675,6 +679,7 @@ LinearKey linear_key(const Model& m, uint32_t micro_step, int layer, int which) 
 void forward(Model& m, int B, int S, uint32_t micro_step) {
   const ModelConfig& c = m.config;
   const int T = B * S, C = c.channels, H = c.heads, G = c.kv_heads, D = c.head_dim, F = c.ffn;
+  m.scalars.start();
   embedding_forward(m.embedded, m.tokens, m.wte.work, c.llama ? nullptr : m.wpe.work, B, S, C);
   const floatX* x = m.embedded;                                                                          // (T,C) the residual stream
   for (int l = 0; l < c.layers; l++) {

@@ -74,12 +74,12 @@ inline void bench() {
 
   LinearScratch s;
   s.tiles = device_alloc<uint32_t>(linear_tile_words(T, C, F));
-  s.scalars = device_alloc<float>(kLinearScalars);
+  float* const amax = device_alloc<float>(2);
   uint8_t *codes = device_alloc<uint8_t>(n / 2), *scales = device_alloc<uint8_t>(std::max(scale_bytes(T, F), scale_bytes(F, T)));
   auto quantizer = [&](const char* name, int rows, int cols, bool transpose, bool tile16, bool stochastic, int hadamard, bool packed,
                        bool amax_known = false) {
     Operand4 out;
-    out.rows = transpose ? cols : rows; out.cols = transpose ? rows : cols; out.ld = operand_ld(out.cols); out.amax = s.scalars;
+    out.rows = transpose ? cols : rows; out.cols = transpose ? rows : cols; out.ld = operand_ld(out.cols); out.amax = amax;
     if (packed) { out.codes = codes; out.scales = scales; } else out.values = y;
     QuantizeHow how;
     how.transpose = transpose; how.tile16 = tile16; how.stochastic = stochastic; how.hadamard = hadamard; how.signs = kFixedSigns;
@@ -100,11 +100,11 @@ inline void bench() {
   QuantizeHow turned;
   turned.recipe = plain_nvfp4();
   turned.recipe.rht = 16; turned.recipe.signs = Signs::fixed; turned.sign_bits[0] = kFixedSigns;
-  row("amax of a tensor and of its rotated transpose", X * e, [&] { amax_of_both(s.scalars, s.scalars + 1, x, T, F, turned); });
+  row("amax of a tensor and of its rotated transpose", X * e, [&] { amax_of_both(amax, amax + 1, x, T, F, turned); });
 #ifndef FP32
   for (bool transpose : {false, true}) {                     // the first chapter, for comparison
     Operand4 out;
-    out.rows = transpose ? F : T; out.cols = transpose ? T : F; out.ld = operand_ld(out.cols); out.amax = s.scalars; out.values = y;
+    out.rows = transpose ? F : T; out.cols = transpose ? T : F; out.ld = operand_ld(out.cols); out.amax = amax; out.values = y;
     QuantizeHow how;
     how.recipe.format = Format::nvfp4; how.transpose = transpose; how.sign_bits[0] = kFixedSigns;
     if (transpose) { how.recipe.rounding = Rounding::stochastic; how.recipe.rht = 16; how.recipe.signs = Signs::fixed; }

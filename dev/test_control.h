@@ -738,6 +738,7 @@ struct Layer {
   Device<floatX> dx_x, dev_w, dev_dy, y, dx;
   Device<float> dw;
   LinearScratch s;
+  Scalars scalars;
   LinearSaved saved;
   LayerControl how;
   std::vector<void*> blocks;
@@ -745,7 +746,10 @@ struct Layer {
   Layer(const Recipe& r_, int T_, int K_, int N_, const Floats& x_, const Floats& w_, const Floats& dy_)
       : T(T_), K(K_), N(N_), r(r_), x(rounded_x(x_)), w(rounded_x(w_)), dy(rounded_x(dy_)), dx_x(to_x(x)), dev_w(to_x(w)), dev_dy(to_x(dy)), y((size_t)T_ * N_), dx((size_t)T_ * K_), dw((size_t)N_ * K_) {
     for (int i = 0; i < 2; i++) take(&s.values[i], linear_scratch_elements(T, K, N));
-    take(&s.tiles, linear_tile_words(T, K, N)); take(&s.scalars, kLinearScalars); take(&s.rotated, linear_scratch_elements(T, K, N));
+    take(&s.tiles, linear_tile_words(T, K, N)); take(&s.rotated, linear_scratch_elements(T, K, N));
+    take(&scalars.all, scalars.size = Scalars::kLayer);
+    scalars.start();
+    s.scalars = &scalars;
     want_linear_saved(saved, r, T, K, N, [&](auto** where, size_t n) { take(where, n); });
     OutlierScratch& o = how.scratch;
     take(&o.x, (size_t)T * K); take(&o.w, (size_t)N * K); take(&o.y, (size_t)T * max(N, K)); take(&o.dw, outlier_dw_elements(K, N)); take(&o.norms, column_norms_scratch(K)); take(&o.average, (size_t)N * K);
@@ -1238,7 +1242,8 @@ inline void test_unpack() {
     Device<uint32_t> groups(group_words(round_up(R, 128), round_up(C, 128)));
     Operand4 out;
     out.rows = R; out.cols = C; out.ld = ld; out.codes = codes.p; out.scales = scales.p; out.values = values.p; out.outer = outer.p; out.amax = amax.p;
-    QuantizeHow how = quantize_how(o, {kWgradX, kWgradDy, {3, 1, 4}, GemmWay::emulated}, transpose);
+    QuantizeHow how = quantize_how(o, {kWgradX, kWgradDy, {3, 1, 4}, GemmWay::emulated}, transpose, {});
+    how.amax_is_zero = false;
     quantize(out, in.p, how, groups.p);
     out.cols = rotated_cols(C, o.rht);
     out.values = unpacked.p;

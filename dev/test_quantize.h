@@ -525,9 +525,11 @@ inline void test_ragged_wgrad() {
     TestArray<floatX> device_dy(narrow<floatX>(widen(dy))), device_x(narrow<floatX>(widen(x)));
     TestArray<floatX> first(linear_scratch_elements(T, K, N)), second(linear_scratch_elements(T, K, N));
     TestArray<uint32_t> tiles(linear_tile_words(T, K, N));
-    TestArray<float> dw(std::vector<float>(N * K, 0.f)), scalars(kLinearScalars);
+    TestArray<float> dw(std::vector<float>(N * K, 0.f)), scalar_memory(Scalars::kLayer);
+    Scalars scalars = {scalar_memory.p, Scalars::kLayer};
+    scalars.start();
     LinearScratch scratch;
-    scratch.values[0] = first.p; scratch.values[1] = second.p; scratch.tiles = tiles.p; scratch.scalars = scalars.p;
+    scratch.values[0] = first.p; scratch.values[1] = second.p; scratch.tiles = tiles.p; scratch.scalars = &scalars;
     linear_wgrad(dw.p, device_dy.p, device_x.p, T, K, N, recipe, {1, 2, 3}, scratch);
     reference::Array exact = reference::gemm(reference::transposed(reference::Array(dy.begin(), dy.end()), T, N),
                                              reference::transposed(reference::Array(x.begin(), x.end()), T, K), N, K, T);

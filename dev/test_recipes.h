@@ -983,11 +983,14 @@ inline LayerRun run_layer(const Recipe& recipe, const LayerData& d, LinearKey ke
   std::vector<float> before((size_t)N * K);                                         // what dW holds already: it is added to
   for (size_t i = 0; i < before.size(); i++) before[i] = (float)(i % 7) / 4;
   TestArray<floatX> X(load(d.X)), W(load(d.W)), dY(load(d.dY)), Y((size_t)T * N), dX((size_t)T * K);
-  TestArray<float> dW(before), scalars(kLinearScalars), rotated(linear_scratch_elements(T, K, N));
+  TestArray<float> dW(before), scalar_memory(Scalars::kLayer), rotated(linear_scratch_elements(T, K, N));
   TestArray<floatX> first(linear_scratch_elements(T, K, N)), second(linear_scratch_elements(T, K, N)), third(linear_third_elements(K, N));
   TestArray<uint32_t> tiles(linear_tile_words(T, K, N));
   LinearScratch scratch;
-  scratch.values[0] = first.p; scratch.values[1] = second.p; scratch.values[2] = with_third ? third.p : nullptr; scratch.tiles = tiles.p; scratch.scalars = scalars.p;
+  scratch.values[0] = first.p; scratch.values[1] = second.p; scratch.values[2] = with_third ? third.p : nullptr; scratch.tiles = tiles.p;
+  Scalars scalars = {scalar_memory.p, Scalars::kLayer};
+  scalars.start();
+  scratch.scalars = &scalars;
   if (linear_needs_rotated(recipe)) scratch.rotated = rotated.p;
   LinearSaved saved;
   std::vector<std::function<void()>> release;
@@ -1002,7 +1005,7 @@ inline LayerRun run_layer(const Recipe& recipe, const LayerData& d, LinearKey ke
   LayerRun r{widen(Y.host()), widen(dX.host()), widen(dW.host())};
   for (size_t i = 0; i < before.size(); i++) r.dW[i] -= before[i];
   for (bool intact : {X.guard_intact(), W.guard_intact(), dY.guard_intact(), Y.guard_intact(), dX.guard_intact(), dW.guard_intact(),
-      scalars.guard_intact(), rotated.guard_intact(), first.guard_intact(),
+      scalar_memory.guard_intact(), rotated.guard_intact(), first.guard_intact(),
                       second.guard_intact(), third.guard_intact(), tiles.guard_intact()}) r.guards = r.guards && intact;
   for (auto& f : release) f();
   return r;

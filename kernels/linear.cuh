@@ -39,12 +39,23 @@ inline SignBits rotation_signs(const OperandRecipe& how, OperandIndex first, Lin
 }
 
 // ------------------------------------------------------------------ memory
-constexpr int kLinearScalars = 5;
+// Device scalars, all set to 0 by one fill before a forward pass. Every search for a maximum takes one, and so does every alpha; nobody gives his back
+// before the next forward pass, so that what is saved for the backward pass keeps its own.
+struct Scalars {
+  static constexpr int kLayer = 32;         // for a linear layer, both passes; the most that one takes: 21 (quartet2 with OutControl, --keep values)
+  float* all = nullptr;
+  int size = 0, taken = 0;
+  void start() { device_zero(all, size); taken = 0; }
+  float* take() {
+    if (taken == size) die("Scalars: all %d are taken; start() comes before a forward pass", size);
+    return all + taken++;
+  }
+};
 // Scratch for the two quantized operands of the GEMM in flight.
 struct LinearScratch {
   floatX* values[3] = {};                   // linear_scratch_elements(...) elements; the third linear_third_elements(...), or null
   uint32_t* tiles = nullptr;                // linear_tile_words(...): maxima of 16x16 tiles and other groups of blocks
-  float* scalars = nullptr;                 // kLinearScalars: amax of operand 1, of operand 2, alpha; amax of dY and of dY^T, as they are rotated
+  Scalars* scalars = nullptr;               // maxima of operands, and alphas
   float* rotated = nullptr;                 // linear_scratch_elements(...), if linear_needs_rotated(recipe): an operand before rounding, or a
                                             // gradient before un-rotation
   Fp4Ways ways;                             // what multiplies FP4 operands: the emulation, or FP4 tensor cores, which take them packed:
@@ -105,7 +116,6 @@ inline bool keeps_x(const Recipe& r) { return !from_forward_pass(r.wgrad.x); }
 template <class Want> void want_linear_saved(LinearSaved& s, const Recipe& r, int T, int K, int N, Want want, bool with_xt = false) {
   auto operand = [&](Operand4& o, const OperandRecipe& how, int rows, int cols, bool mask) {
     const PackedBytes b = packed_bytes(how, rows, cols, mask);
-    want(&o.amax, (size_t)1);
     if (b.codes) want(&o.codes, b.codes);
     if (b.scales) want(&o.scales, b.scales);
     if (b.values) want(&o.values, b.values / sizeof(floatX));
@@ -118,8 +128,9 @@ template <class Want> void want_linear_saved(LinearSaved& s, const Recipe& r, in
 }
 
 // ------------------------------------------------------------------ operands
-// An operand ready for the GEMM. amax: null for a tensor that is not quantized. data: null where it is packed.
-struct ReadyOperand { const floatX* data; int ld; bool transposed; const float* amax; OperandRecipe how; Operand4 packed; };
+// An operand ready for the GEMM. amax: null for a tensor that is not quantized. data: null where it is packed. alpha: of this GEMM, if the kernel that
+// made the operand has written it.
+struct ReadyOperand { const floatX* data; int ld; bool transposed; const float* amax; OperandRecipe how; Operand4 packed; const float* alpha = nullptr; };
 
 // How the GEMM of two such operands runs: on FP4 tensor cores where both are FP4 with the same scales and there is a way for these.
 inline GemmWay fp4_way_of(const OperandRecipe& a, const OperandRecipe& b, const Fp4Ways& ways) {
@@ -130,8 +141,14 @@ inline GemmWay fp4_way_of(const OperandRecipe& a, const OperandRecipe& b, const 
 }
 
 // Which operand of which GEMM of which layer: what its random numbers depend on, and its place in the scratch memory; and how that GEMM runs.
-struct OperandPlace { OperandIndex which, first; LinearKey key; GemmWay way; };      // first: operand 1 of the same GEMM
-inline QuantizeHow quantize_how(const OperandRecipe& how, OperandPlace place, bool transpose) {
+struct OperandPlace {
+  OperandIndex which, first;                // first: operand 1 of the same GEMM
+  LinearKey key;
+  GemmWay way;
+  const ReadyOperand* other = nullptr;      // the GEMM's other operand, if its maximum is known: then the kernel that makes this one writes alpha
+};
+// out.amax is to be a scalar that was taken for this.
+inline QuantizeHow quantize_how(const OperandRecipe& how, OperandPlace place, bool transpose, const LinearScratch& s) {
   const SignBits signs = rotation_signs(how, place.first, place.key);
   QuantizeHow q;
   q.recipe = how;
@@ -139,8 +156,11 @@ inline QuantizeHow quantize_how(const OperandRecipe& how, OperandPlace place, bo
   q.sign_bits[0] = signs.word[0];
   q.sign_bits[1] = signs.word[1];
   q.key = operand_key(place.key, place.which);
+  q.amax_is_zero = true;
+  if (place.other) q.alpha = {s.scalars->take(), place.other->amax, place.other->how};
   return q;
 }
+inline ReadyOperand ready_operand(const Operand4& out, const QuantizeHow& q) { return {out.values, out.ld, false, out.amax, q.recipe, out, q.alpha.alpha}; }
 // The frame of an operand from a source of [rows, cols], before transposition; its arrays are those of `save`, else of the scratch.
 inline Operand4 operand_frame(const OperandRecipe& how, OperandPlace place, int rows, int cols, bool transpose, const LinearScratch& s,
                               const Operand4* save) {
@@ -149,7 +169,7 @@ inline Operand4 operand_frame(const OperandRecipe& how, OperandPlace place, int 
   out.rows = transpose ? cols : rows;
   out.cols = transpose ? rows : cols;
   out.ld = operand_ld(rotated_cols(out.cols, how.rht));
-  if (!out.amax) out.amax = s.scalars + slot;
+  out.amax = s.scalars->take();
   if (place.way == GemmWay::emulated) {
     if (!out.values) out.values = s.values[slot];
   } else {                                                              // packed, and nothing else
@@ -164,18 +184,19 @@ inline ReadyOperand prepare_operand(const OperandRecipe& how, OperandPlace place
                                     const LinearScratch& s, Operand4* save = nullptr, float* amax = nullptr) {
   if (how.format == Format::bf16) return {x, cols, transpose, nullptr, how, {}};
   Operand4 out = operand_frame(how, place, rows, cols, transpose, s, save);
-  QuantizeHow q = quantize_how(how, place, transpose);
+  QuantizeHow q = quantize_how(how, place, transpose, s);
   if (amax) { out.amax = amax; q.amax_known = true; }
   quantize(out, x, q, s.tiles);
-  if (save) { save->rows = out.rows; save->cols = rotated_cols(out.cols, how.rht); save->ld = out.ld; }
-  return {out.values, out.ld, false, out.amax, how, out};
+  if (save) { save->rows = out.rows; save->cols = rotated_cols(out.cols, how.rht); save->ld = out.ld; save->amax = out.amax; }
+  return ready_operand(out, q);
 }
 // Double quantization: the transpose of what the forward pass computed with.
 inline ReadyOperand prepare_forward_operand(const OperandRecipe& how, OperandPlace place, const Operand4& saved, const OperandRecipe& saved_how,
                                             const LinearScratch& s) {
   const Operand4 out = operand_frame(how, place, saved.rows, saved.cols, true, s, nullptr);
-  quantize(out, saved, saved_how, quantize_how(how, place, true), s.tiles);
-  return {out.values, out.ld, false, out.amax, how, out};
+  const QuantizeHow q = quantize_how(how, place, true, s);
+  quantize(out, saved, saved_how, q, s.tiles);
+  return ready_operand(out, q);
 }
 // The packed form alone, for later: x, or x^T, into the arrays of `save`.
 inline void save_operand(const OperandRecipe& how, OperandPlace place, const floatX* x, int rows, int cols, bool transpose, const LinearScratch& s,
@@ -183,7 +204,8 @@ inline void save_operand(const OperandRecipe& how, OperandPlace place, const flo
   save->rows = transpose ? cols : rows;
   save->cols = transpose ? rows : cols;
   save->ld = operand_ld(rotated_cols(save->cols, how.rht));
-  quantize(*save, x, quantize_how(how, place, transpose), s.tiles);
+  save->amax = s.scalars->take();
+  quantize(*save, x, quantize_how(how, place, transpose, s), s.tiles);
   save->cols = rotated_cols(save->cols, how.rht);
 }
 // And what became of it: ready for FP4 tensor cores as it is; for the emulation, its values.
@@ -197,6 +219,13 @@ inline ReadyOperand saved_operand(const OperandRecipe& how, OperandPlace place, 
 }
 inline OperandPlace xt_place(LinearKey key) { return {kWgradX, kWgradDy, key, GemmWay::emulated}; }
 inline bool saves_xt(const Recipe& r, const LinearSaved* saved) { return saved && saved->xt.codes && can_save_xt(r); }
+// X^T as it waits, and dY^T's place: where X^T waits, its maximum has been known for long, and it is dY^T that comes last.
+inline ReadyOperand packed_xt(const Recipe& r, const LinearSaved* saved) {
+  return saves_xt(r, saved) ? ReadyOperand{nullptr, saved->xt.ld, false, saved->xt.amax, r.wgrad.x, saved->xt} : ReadyOperand{};
+}
+inline OperandPlace dyt_place(const Recipe& r, LinearKey key, const LinearScratch& s, const ReadyOperand& xt) {
+  return {kWgradDy, kWgradDy, key, fp4_way_of(r.wgrad.dy, r.wgrad.x, s.ways), xt.amax ? &xt : nullptr};
+}
 inline void save_xt(const floatX* X, int T, int K, const Recipe& r, LinearKey key, const LinearScratch& s, LinearSaved* saved) {
   if (saves_xt(r, saved)) save_operand(r.wgrad.x, xt_place(key), X, T, K, true, s, &saved->xt);
 }
@@ -207,9 +236,11 @@ inline ReadyOperand prepare_both(const OperandRecipe& how, OperandPlace place, c
   save->rows = cols;
   save->cols = rows;
   save->ld = operand_ld(rotated_cols(rows, turned.rht));
-  quantize_both(out, quantize_how(how, place, false), *save, quantize_how(turned, turned_place, true), x, s.tiles);
+  save->amax = s.scalars->take();
+  const QuantizeHow q = quantize_how(how, place, false, s);
+  quantize_both(out, q, *save, quantize_how(turned, turned_place, true, s), x, s.tiles);
   save->cols = rotated_cols(rows, turned.rht);
-  return {out.values, out.ld, false, out.amax, how, out};
+  return ready_operand(out, q);
 }
 // On FP4 tensor cores. K: without padding.
 inline void run_gemm_fp4(const Gemm& g, int K, const ReadyOperand& a, const ReadyOperand& b, GemmWay way) {
@@ -231,8 +262,12 @@ inline void run_gemm(Gemm g, const ReadyOperand& a, const ReadyOperand& b, const
   g.B = b.data; g.ldb = b.ld; g.b_transposed = b.transposed;
   if (a.amax && b.amax) g.K = a.ld;          // the padding too: zeros, except in a last group that was rotated and is full
   if (a.amax || b.amax) {
-    gemm_alpha(s.scalars + 2, a.amax, b.amax, a.how, b.how);
-    g.alpha = s.scalars + 2;
+    g.alpha = b.alpha ? b.alpha : a.alpha;
+    if (!g.alpha) {
+      float* const alpha = s.scalars->take();
+      gemm_alpha(alpha, a.amax, b.amax, a.how, b.how);
+      g.alpha = alpha;
+    }
   }
   floatX* const activated = g.gelu_input && !(way == GemmWay::emulated && gemm_has_gelu(g)) ? (floatX*)g.D : nullptr;      // by a kernel of its own
   if (activated) { g.D = g.gelu_input; g.gelu_input = nullptr; }
@@ -251,8 +286,8 @@ inline void linear_forward(floatX* Y, const floatX* X, const floatX* W, int T, i
   const OperandPlace x_place = {kFpropX, kFpropX, key, way};
   const ReadyOperand x = both ? prepare_both(r.fprop.x, x_place, r.wgrad.x, xt_place(key), X, T, K, s, &saved->xt)
                               : prepare_operand(r.fprop.x, x_place, X, T, K, false, s, saved && saves_x(r) ? &saved->x : nullptr,
-                                                rows_known ? s.scalars : nullptr);
-  const ReadyOperand w = prepare_operand(r.fprop.w, {kFpropW, kFpropX, key, way}, W, N, K, false, s, saved && saves_w(r) ? &saved->w : nullptr);
+                                                rows_known ? s.scalars->take() : nullptr);
+  const ReadyOperand w = prepare_operand(r.fprop.w, {kFpropW, kFpropX, key, way, &x}, W, N, K, false, s, saved && saves_w(r) ? &saved->w : nullptr);
   Gemm g;
   g.M = T; g.N = N; g.K = K; g.D = Y; g.ldd = N;
   g.bias = add.bias; g.C = add.residual; g.accumulate = add.residual != nullptr; g.gelu_input = add.gelu_input;
@@ -276,8 +311,8 @@ inline void linear_dgrad(floatX* dX, const floatX* dY, const floatX* W, int T, i
   if ((doubled || masked) && !saved) die("linear_dgrad: recipe %s needs what the forward pass saved", r.name.c_str());
   const GemmWay way = fp4_way_of(r.dgrad.dy, r.dgrad.w, s.ways);
   const ReadyOperand dy = ready ? *ready : prepare_operand(r.dgrad.dy, {kDgradDy, kDgradDy, key, way}, dY, T, N, false, s, nullptr, dy_amax);
-  const ReadyOperand w = doubled ? prepare_forward_operand(r.dgrad.w, {kDgradW, kDgradDy, key, way}, saved->w, r.fprop.w, s)
-                                 : prepare_operand(r.dgrad.w, {kDgradW, kDgradDy, key, way}, W, N, K, true, s);
+  const OperandPlace place = {kDgradW, kDgradDy, key, way, &dy};
+  const ReadyOperand w = doubled ? prepare_forward_operand(r.dgrad.w, place, saved->w, r.fprop.w, s) : prepare_operand(r.dgrad.w, place, W, N, K, true, s);
   const int rht = doubled ? r.fprop.w.rht : 0, width = rotated_cols(K, rht);
   Gemm g;
   g.M = T; g.N = width; g.K = N; g.D = dX; g.ldd = width;
@@ -294,8 +329,9 @@ inline void linear_wgrad(float* dW, const floatX* dY, const floatX* X, int T, in
   const bool doubled = from_forward_pass(r.wgrad.x), masked = r.estimator.w == Estimator::quest_mask, with_dge = uses_dge(r);
   if (((doubled || masked || with_dge) && !saved) || (with_dge && !W)) die("linear_wgrad: recipe %s needs what the forward pass saved", r.name.c_str());
   const GemmWay way = fp4_way_of(r.wgrad.dy, r.wgrad.x, s.ways);
-  const ReadyOperand dy = ready ? *ready : prepare_operand(r.wgrad.dy, {kWgradDy, kWgradDy, key, way}, dY, T, N, true, s, nullptr, dyt_amax);
-  const OperandPlace place = {kWgradX, kWgradDy, key, way};
+  const ReadyOperand xt = packed_xt(r, saved);
+  const ReadyOperand dy = ready ? *ready : prepare_operand(r.wgrad.dy, dyt_place(r, key, s, xt), dY, T, N, true, s, nullptr, dyt_amax);
+  const OperandPlace place = {kWgradX, kWgradDy, key, way, &dy};
   const ReadyOperand x = doubled ? prepare_forward_operand(r.wgrad.x, place, saved->x, r.fprop.x, s)
                          : saves_xt(r, saved) ? saved_operand(r.wgrad.x, place, saved->xt, s)
                          : prepare_operand(r.wgrad.x, place, X, T, K, true, s);
@@ -309,9 +345,13 @@ inline void linear_wgrad(float* dW, const floatX* dY, const floatX* X, int T, in
   else unrotate(dW, s.rotated, masked ? saved->w.mask : nullptr, saved->w.ld / 32, N, K, rht, rotation_signs(r.fprop.x, kFpropX, key), true);
 }
 
-inline void amax_of_dy(const floatX* dY, int T, int N, const Recipe& r, LinearKey key, const LinearScratch& s) {
-  amax_of_both(s.scalars + 3, s.scalars + 4, dY, T, N, quantize_how(r.dgrad.dy, {kDgradDy, kDgradDy, key, GemmWay::emulated}, false),
-               quantize_how(r.wgrad.dy, {kWgradDy, kWgradDy, key, GemmWay::emulated}, true));
+// Of dY and of dY^T, as they are rotated.
+struct DyAmax { float *straight = nullptr, *turned = nullptr; };
+inline DyAmax amax_of_dy(const floatX* dY, int T, int N, const Recipe& r, LinearKey key, const LinearScratch& s) {
+  const DyAmax amax = {s.scalars->take(), s.scalars->take()};
+  amax_of_both(amax.straight, amax.turned, dY, T, N, quantize_how(r.dgrad.dy, {kDgradDy, kDgradDy, key, GemmWay::emulated}, false, s),
+               quantize_how(r.wgrad.dy, {kWgradDy, kWgradDy, key, GemmWay::emulated}, true, s));
+  return amax;
 }
 // Both gradients; dX may be null (the first layer of a model that ends there). X may be null where keeps_x(r) is false, or saved has X^T.
 // Where X was kept instead of its codes (saved->again), linear_save() comes first.
@@ -320,17 +360,16 @@ inline void linear_backward(floatX* dX, float* dW, const floatX* dY, const float
   if (dX && s.values[2] && linear_wants_third(r)) {            // both copies of dY at once
     const LinearScratch d = s.with_slots(0, 2), w = s.with_slots(1, 0);
     const OperandPlace straight = {kDgradDy, kDgradDy, key, fp4_way_of(r.dgrad.dy, r.dgrad.w, s.ways)};
-    const OperandPlace turned = {kWgradDy, kWgradDy, key, fp4_way_of(r.wgrad.dy, r.wgrad.x, s.ways)};
-    Operand4 dy = operand_frame(r.dgrad.dy, straight, T, N, false, d, nullptr), dyt = operand_frame(r.wgrad.dy, turned, T, N, true, w, nullptr);
-    dy.amax = s.scalars + 3;
-    dyt.amax = s.scalars + 4;
-    quantize_both(dy, quantize_how(r.dgrad.dy, straight, false), dyt, quantize_how(r.wgrad.dy, turned, true), dY, s.tiles);
-    const ReadyOperand a = {dy.values, dy.ld, false, dy.amax, r.dgrad.dy, dy}, b = {dyt.values, dyt.ld, false, dyt.amax, r.wgrad.dy, dyt};
+    const ReadyOperand xt = packed_xt(r, saved);
+    const OperandPlace turned = dyt_place(r, key, s, xt);
+    const Operand4 dy = operand_frame(r.dgrad.dy, straight, T, N, false, d, nullptr), dyt = operand_frame(r.wgrad.dy, turned, T, N, true, w, nullptr);
+    const QuantizeHow q = quantize_how(r.dgrad.dy, straight, false, s), qt = quantize_how(r.wgrad.dy, turned, true, s);
+    quantize_both(dy, q, dyt, qt, dY, s.tiles);
+    const ReadyOperand a = ready_operand(dy, q), b = ready_operand(dyt, qt);
     linear_dgrad(dX, dY, W, T, K, N, r, key, d, saved, nullptr, &a);
     return linear_wgrad(dW, dY, X, T, K, N, r, key, w, saved, W, nullptr, &b);
   }
-  const bool both = dX && share_amax(r.dgrad.dy, r.wgrad.dy);
-  if (both) amax_of_dy(dY, T, N, r, key, s);
-  if (dX) linear_dgrad(dX, dY, W, T, K, N, r, key, s, saved, both ? s.scalars + 3 : nullptr);
-  linear_wgrad(dW, dY, X, T, K, N, r, key, s, saved, W, both ? s.scalars + 4 : nullptr);
+  const DyAmax amax = dX && share_amax(r.dgrad.dy, r.wgrad.dy) ? amax_of_dy(dY, T, N, r, key, s) : DyAmax{};
+  if (dX) linear_dgrad(dX, dY, W, T, K, N, r, key, s, saved, amax.straight);
+  linear_wgrad(dW, dY, X, T, K, N, r, key, s, saved, W, amax.turned);
 }

@@ -20,12 +20,21 @@ inline int operand_ld(int cols, int rht = 0) { return round_up(cols, max(32, rht
 // The columns of an operand after rotation: a ragged last group is filled up with zeros, and after the rotation they are not zeros.
 inline int rotated_cols(int cols, int rht) { return rht ? round_up(cols, rht) : cols; }
 
+// alpha of a GEMM, if the kernel that makes one operand is to write it: the other operand's maximum is known by then. other_amax: null for a tensor
+// that is not quantized.
+struct GemmAlpha {
+  float* alpha = nullptr;           // device scalar; null: somebody else's work
+  const float* other_amax = nullptr;
+  OperandRecipe other = {};
+};
 struct QuantizeHow {
   OperandRecipe recipe = {};
   bool transpose = false;           // quantize x^T
   uint64_t sign_bits[2] = {0, 0};   // of the rotation: bit i set negates input i
   RandomKey key = {};               // of the stochastic rounding
   bool amax_known = false;          // out.amax holds it already: amax_of_both()
+  bool amax_is_zero = false;        // out.amax holds 0, so that the search for the maximum need not begin with a fill
+  GemmAlpha alpha = {};             // to be written as well
   // the same in the older words of quantize_nvfp4()
   bool tile16 = false, stochastic = false;
   int hadamard = 0;
@@ -65,6 +74,10 @@ __host__ __device__ inline float tensor_scale_decode(const OperandRecipe& how, f
   if (is_fp8(how.format)) return amax / (how.format == Format::fp8_e4m3 ? kE4M3Max : kE5M2Max);
   if (how.format == Format::mxfp4 && how.scale == ScaleRule::range34) return 1.0f / 3.0f;
   return 1;
+}
+// alpha: the product of both operands' factors; an operand that has none has no amax.
+__device__ inline float alpha_of(const float* amax_a, const OperandRecipe& a, const float* amax_b, const OperandRecipe& b) {
+  return (amax_a ? tensor_scale_decode(a, *amax_a) : 1.0f) * (amax_b ? tensor_scale_decode(b, *amax_b) : 1.0f);
 }
 __host__ __device__ inline float tensor_scale_decode(float amax) { return amax / (kE4M3Max * kE2M1Max); }       // of plain NVFP4
 

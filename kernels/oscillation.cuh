@@ -253,14 +253,14 @@ template <class T> __global__ void round_toward_kernel(Operand4 p, OperandRecipe
 }
 // What Q-EMA needs of a layer: the average of W, [N,K], in the coordinates in which the recipe rounds; and room for the packed W.
 struct TowardAverage { const float* average = nullptr; GridScratch packed; };
-// W, rounded toward its average, as fprop's operand; also into saved->w, if the backward pass wants that.
-inline ReadyOperand prepare_toward(const floatX* W, int N, int K, const Recipe& r, LinearKey key, GemmWay way, const LinearScratch& s, LinearSaved* saved, const TowardAverage& q) {
+// W, rounded toward its average, as fprop's operand; also into saved->w, if the backward pass wants that. x: the other operand, or null without a GEMM.
+inline ReadyOperand prepare_toward(const floatX* W, int N, int K, const Recipe& r, LinearKey key, GemmWay way, const LinearScratch& s, LinearSaved* saved, const TowardAverage& q,
+                                   const ReadyOperand* x) {
   Operand4 own;
   own.codes = q.packed.codes; own.scales = q.packed.scales; own.outer = q.packed.outer;
   Operand4* const kept = saved && saves_w(r) ? &saved->w : &own;
-  const OperandPlace place = {kFpropW, kFpropX, key, way};
-  const ReadyOperand w = prepare_operand(r.fprop.w, place, W, N, K, false, s, kept);
-  Operand4 p = operand_frame(r.fprop.w, place, N, K, false, s, kept);
+  const ReadyOperand w = prepare_operand(r.fprop.w, {kFpropW, kFpropX, key, way, x}, W, N, K, false, s, kept);
+  Operand4 p = w.packed;
   p.cols = rotated_cols(K, r.fprop.w.rht);
   const unsigned grid = ceil_div((unsigned)N * (p.ld / 2), 256u);
   if (r.fprop.w.rht == 0) launch(round_toward_kernel<floatX>, grid, 256, 0, p, r.fprop.w, W, K, q.average, K);
@@ -275,7 +275,7 @@ inline void linear_forward_toward(floatX* Y, const floatX* X, const floatX* W, i
                                   const LinearScratch& s, LinearSaved* saved, const TowardAverage& q, LinearEpilogue add = {}) {
   const GemmWay way = fp4_way_of(r.fprop.x, r.fprop.w, s.ways);
   const ReadyOperand x = prepare_operand(r.fprop.x, {kFpropX, kFpropX, key, way}, X, T, K, false, s, saved && saves_x(r) ? &saved->x : nullptr);
-  const ReadyOperand w = prepare_toward(W, N, K, r, key, way, s, saved, q);
+  const ReadyOperand w = prepare_toward(W, N, K, r, key, way, s, saved, q, &x);
   Gemm g;
   g.M = T; g.N = N; g.K = K; g.D = Y; g.ldd = N;
   g.bias = add.bias; g.C = add.residual; g.accumulate = add.residual != nullptr; g.gelu_input = add.gelu_input;
@@ -285,5 +285,5 @@ inline void linear_forward_toward(floatX* Y, const floatX* X, const floatX* W, i
 // linear_save() likewise.
 inline void linear_save_toward(const floatX* X, const floatX* W, int T, int K, int N, const Recipe& r, LinearKey key, const LinearScratch& s, LinearSaved* saved, const TowardAverage& q) {
   linear_save(X, W, T, K, N, r, key, s, saved);
-  if (saves_w(r)) prepare_toward(W, N, K, r, key, GemmWay::emulated, s, saved, q);
+  if (saves_w(r)) prepare_toward(W, N, K, r, key, GemmWay::emulated, s, saved, q, nullptr);
 }

@@ -388,7 +388,7 @@ inline void linear_forward(const LayerControl& how, floatX* Y, const floatX* X, 
 inline void mxfp8_weights(floatX* w, int N, int n, const LinearScratch& s) {
   Operand4 out;
   out.rows = N; out.cols = n; out.ld = operand_ld(n);
-  out.values = s.values[1]; out.amax = s.scalars + 1;
+  out.values = s.values[1];
   QuantizeHow how;
   how.recipe.format = Format::mxfp8;
   quantize(out, w, how);
@@ -411,7 +411,8 @@ inline void split_dgrad(const OutlierScratch& o, floatX* dX, const floatX* dY, c
   const int K = split.K, fp8 = split.fp8, fp4 = K - fp8, rht = doubled ? r.fprop.w.rht : 0, width = rotated_cols(fp4, rht);
   const bool straight = !rht && !masked;                       // else the FP4 columns come out rotated, or masked, by way of FP32
   const GemmWay way = fp4_way_of(r.dgrad.dy, how, s.ways);
-  const OperandPlace place = {kDgradW, kDgradDy, key, way};
+  const ReadyOperand dy = prepare_operand(r.dgrad.dy, {kDgradDy, kDgradDy, key, way}, dY, T, N, false, s, nullptr, dy_amax);
+  const OperandPlace place = {kDgradW, kDgradDy, key, way, &dy};
   auto fp4_weights = [&] {
     return doubled ? prepare_forward_operand(how, place, saved->w, r.fprop.w, s) : prepare_operand(how, place, w.first, N, fp4, true, s);
   };
@@ -419,12 +420,11 @@ inline void split_dgrad(const OutlierScratch& o, floatX* dX, const floatX* dY, c
     if (how8.format == Format::bf16) return {w.second, fp8, true, nullptr, how8, {}};
     Operand4 out = operand_frame(how8, place, N, fp8, true, s, nullptr);
     if (values) out.values = values;
-    QuantizeHow q = quantize_how(how8, place, true);
+    QuantizeHow q = quantize_how(how8, place, true, s);
     q.key = operand_key(key8, kDgradW);
     quantize(out, w.second, q, s.tiles);
-    return {out.values, out.ld, false, out.amax, how8, out};
+    return ready_operand(out, q);
   };
-  const ReadyOperand dy = prepare_operand(r.dgrad.dy, {kDgradDy, kDgradDy, key, way}, dY, T, N, false, s, nullptr, dy_amax);
   ReadyOperand w4 = fp4_weights();
   Gemm g;
   g.M = T; g.K = N;
@@ -469,11 +469,9 @@ inline void split_backward(const LayerControl& how, floatX* dX, float* dW, const
     saved = &again;
   }
   if (from_forward_pass(r.dgrad.w)) mxfp8_weights(w.second, N, fp8, s);
-  const bool both = dX && share_amax(r.dgrad.dy, r.wgrad.dy);
-  if (both) amax_of_dy(dY, T, N, r, key, s);
-  float *const dy_amax = both ? s.scalars + 3 : nullptr, *const dyt_amax = both ? s.scalars + 4 : nullptr;
-  if (dX) split_dgrad(o, dX, dY, w, split, T, N, r, key, key8, s, saved, dy_amax);
-  wgrad_columns(dW, dY, x.first, w.first, T, K, N, r, key, s, saved, o.dw, split.columns, fp4, dyt_amax);
+  const DyAmax amax = dX && share_amax(r.dgrad.dy, r.wgrad.dy) ? amax_of_dy(dY, T, N, r, key, s) : DyAmax{};
+  if (dX) split_dgrad(o, dX, dY, w, split, T, N, r, key, key8, s, saved, amax.straight);
+  wgrad_columns(dW, dY, x.first, w.first, T, K, N, r, key, s, saved, o.dw, split.columns, fp4, amax.turned);
   wgrad_columns(dW, dY, x.second, w.second, T, K, N, r8, key8, s, nullptr, o.dw, split.columns + fp4, fp8, nullptr);
 }
 // linear_backward() of linear.cuh under control.

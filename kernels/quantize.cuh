@@ -99,6 +99,11 @@ struct BlockHow {
   RandomKey key;
   RoundKeys rounds;                          // of key
   int rows_covered, cols_covered;            // with padding
+  GemmAlpha alpha;
+  // Every kernel that makes codes calls this: one thread writes alpha, if that is asked for.
+  __device__ __forceinline__ void write_alpha(const float* amax) const {
+    if (alpha.alpha && blockIdx.x == 0 && threadIdx.x == 0) *alpha.alpha = alpha_of(amax, recipe, alpha.other_amax, alpha.other);
+  }
   // A row of the operand as it will be rounded. Padding that a rotation has left as -0 is 0 again.
   template <class S, class Rows> __device__ __forceinline__ void row(RowPart<S>& v, Rows& rows, int i, int cols) const {
     rows.load(v, i);
@@ -586,6 +591,7 @@ __global__ void __launch_bounds__(kStripThreads, kNvfp4Blocks) nvfp4_kernel(Oper
   alignas(16) __shared__ typename Source::Element shared[shared_elements<S, kTranspose, Source>()];
   const Source source = x.ready();
   const TensorScale tensor = known_tensor_scale(how.recipe, out.amax);
+  how.write_alpha(out.amax);
   for_each_strip<S, kTranspose>(source, how.rows_covered, how.cols_covered, shared,
                                 [&](auto& rows) { nvfp4_strip<S>(rows, out, four_tiles, how, tensor); });
 }
@@ -677,6 +683,8 @@ nvfp4_both_kernel(Operand4 row_out, Operand4 column_out, Matrix<bf16> x, BlockHo
   DYNAMIC_SHARED(bf16, shared);
   const TensorScale row_tensor = known_tensor_scale(row_how.recipe, row_out.amax);
   const TensorScale column_tensor = known_tensor_scale(column_how.recipe, column_out.amax);
+  row_how.write_alpha(row_out.amax);
+  column_how.write_alpha(column_out.amax);
   const unsigned down = ceil_div((unsigned)max(row_how.rows_covered, column_how.cols_covered), (unsigned)kSquare);
   const unsigned across = ceil_div((unsigned)max(row_how.cols_covered, column_how.rows_covered), (unsigned)kSquare);
   for_each_square<kBothThreads>(x, down, across, shared, [&](const bf16* square, int row, int col) {
@@ -788,6 +796,7 @@ __global__ void __launch_bounds__(kStripThreads, kMxBlocks) mx_kernel(Operand4 o
   alignas(16) __shared__ typename Source::Element shared[shared_elements<S, kTranspose, Source>()];
   const Source source = x.ready();
   const int blocks = ceil_div(out.cols, 32);
+  how.write_alpha(out.amax);
   const bool fp8 = how.recipe.format == Format::mxfp8, thrice = how.recipe.format == Format::mxfp4 && how.recipe.scale == ScaleRule::range34;
   for_each_block<S, kTranspose>(source, how, out.cols, shared, [&](float (&v)[32], int row, int block) {
     const int col = block * 32;
@@ -828,6 +837,7 @@ __global__ void __launch_bounds__(kStripThreads, kPlainBlocks) plain_kernel(Oper
   using S = Share<16, kWarp>;
   alignas(16) __shared__ typename Source::Element shared[shared_elements<S, kTranspose, Source>()];
   const Source source = x.ready();
+  how.write_alpha(out.amax);
   const Format format = how.recipe.format;
   const int blocks = ceil_div(out.cols, 16);
   const bool e4m3 = format == Format::fp8_e4m3;
@@ -909,10 +919,9 @@ template <bool kTranspose, bool kWarp> Grid strips_grid(int rows, int cols, int 
   if (!kWarp) return {ceil_div(units, 8u), 8};
   return {min(units, (unsigned)(resident * multiprocessors())), kStripThreads};
 }
+// plain and rotated hold 0, or are null.
 template <bool kTranspose, bool kWarp, class Source>
 void launch_amax(float* plain, float* rotated, uint32_t* row_amax, const Source& x, int rows, int cols, BlockHow how) {
-  if (plain) device_zero(plain, 1);
-  if (rotated) device_zero(rotated, 1);
   if (row_amax) device_zero(row_amax, (size_t)rows);
   how.rows_covered = rows;
   how.cols_covered = cols;
@@ -940,9 +949,11 @@ inline void cover(BlockHow& how, const Operand4& out) {
   how.cols_covered = out.scales ? max(out.ld, round_up(ceil_div(out.cols, scale_cols), 4) * scale_cols) : out.ld;
 }
 template <bool kTranspose, bool kWarp, class Source>
-void launch_quantize(const Operand4& out, const Source& x, BlockHow how, uint32_t* groups, bool amax_known) {
+void launch_quantize(const Operand4& out, const Source& x, BlockHow how, uint32_t* groups, bool amax_known, bool amax_is_zero) {
   const OperandRecipe& r = how.recipe;
-  if (needs_amax(r) && !amax_known)
+  const bool search = needs_amax(r) && !amax_known;
+  if (search && !amax_is_zero) device_zero(out.amax, 1);
+  if (search)
     launch_amax<kTranspose, kWarp>(r.rht ? nullptr : out.amax, r.rht ? out.amax : nullptr, r.format == Format::fp4_vector ? groups : nullptr, x,
                                    out.rows, out.cols, how);
   cover(how, out);
@@ -975,13 +986,13 @@ inline SignBits how_signs(const QuantizeHow& how) {
   if (how.recipe.signs != Signs::none) { signs.word[0] = how.sign_bits[0]; signs.word[1] = how.sign_bits[1]; }
   return signs;
 }
-inline BlockHow block_how(const QuantizeHow& how) { return {how.recipe, how_signs(how), how.key, round_keys(how.key.seed), 0, 0}; }
+inline BlockHow block_how(const QuantizeHow& how) { return {how.recipe, how_signs(how), how.key, round_keys(how.key.seed), 0, 0, how.alpha}; }
 template <bool kWarp, class Source> void quantize_source(Operand4 out, const Source& x, const QuantizeHow& how, uint32_t* groups) {
   if (how.recipe.rht) out.cols = round_up(out.cols, how.recipe.rht);          // whole groups; ld stays as it is
   check_operand(out, how.recipe, groups);
   const BlockHow block = block_how(how);
-  if (how.transpose) return launch_quantize<true, kWarp>(out, x, block, groups, how.amax_known);
-  if constexpr (Source::kRowCopy) launch_quantize<false, kWarp>(out, x, block, groups, how.amax_known);
+  if (how.transpose) return launch_quantize<true, kWarp>(out, x, block, groups, how.amax_known, how.amax_is_zero);
+  if constexpr (Source::kRowCopy) launch_quantize<false, kWarp>(out, x, block, groups, how.amax_known, how.amax_is_zero);
   else die("quantize: from a packed operand only its transpose is made");
 }
 // Quantizes x, row-major bf16 or float, into the operand `out`, whose shape is that of x (or of x^T with how.transpose) and whose pointers say what is
@@ -1043,11 +1054,11 @@ template <bool kWarp = !kOnCpu, class T>
 void amax_of_both(float* row, float* column, const T* x, int rows, int cols, const QuantizeHow& straight, const QuantizeHow& turned) {
   const BlockHow how = block_how(turned), row_how = block_how(straight);
   const Matrix<T> source = {x, rows, cols};
+  if (!straight.amax_is_zero) device_zero(row, 1);
+  if (!turned.amax_is_zero) device_zero(column, 1);
   if constexpr (kWarp && std::is_same_v<T, bf16>) {
     const int row_rht = row_how.recipe.rht, rht = how.recipe.rht;
     if (((row_rht == 128 && rht == 128) || (row_rht == 0 && rht == 16)) && cols % 8 == 0 && both_fit()) {
-      device_zero(row, 1);
-      device_zero(column, 1);
       const auto kernel = rht == 128 ? amax_both_kernel<128, 128> : amax_both_kernel<0, 16>;
       launch(kernel, both_blocks(ceil_div(rows, kSquare) * ceil_div(cols, kSquare)), kBothThreads, kBothShared, (unsigned*)row, (unsigned*)column,
              source, row_how, how);
@@ -1107,9 +1118,9 @@ template <class T> void quantize_nvfp4(const Operand4& out, const T* x, Quantize
   quantize(out, x, how, tile_scratch);
 }
 
-// alpha = product of the two operands' tensor scales, one of them absent (null) for an operand that has none.
+// alpha by a kernel of its own, where no operand was made after the other's maximum was known (QuantizeHow::alpha).
 __global__ void alpha_kernel(float* alpha, const float* amax_a, OperandRecipe a, const float* amax_b, OperandRecipe b) {
-  *alpha = (amax_a ? tensor_scale_decode(a, *amax_a) : 1.0f) * (amax_b ? tensor_scale_decode(b, *amax_b) : 1.0f);
+  *alpha = alpha_of(amax_a, a, amax_b, b);
 }
 inline OperandRecipe plain_nvfp4() { OperandRecipe r; r.format = Format::nvfp4; return r; }
 inline void gemm_alpha(float* alpha, const float* amax_a, const float* amax_b, const OperandRecipe& a = plain_nvfp4(),
