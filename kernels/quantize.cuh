@@ -104,17 +104,21 @@ struct BlockHow {
   __device__ __forceinline__ void write_alpha(const float* amax) const {
     if (alpha.alpha && blockIdx.x == 0 && threadIdx.x == 0) *alpha.alpha = alpha_of(amax, recipe, alpha.other_amax, alpha.other);
   }
-  // A row of the operand as it will be rounded. Padding that a rotation has left as -0 is 0 again.
-  template <class S, class Rows> __device__ __forceinline__ void row(RowPart<S>& v, Rows& rows, int i, int cols) const {
+  // A rotation's factor that its input's signs can take with them: a power of two, where nothing is lost by it.
+  template <class Rows> __device__ __forceinline__ bool scales_input() const { return recipe.rht == 16 && Rows::kFewBits; }
+  // A row of the operand as it will be rounded. Padding that a rotation has left as -0 is 0 again. known: null, or InputSigns.
+  template <class S, class Rows> __device__ __forceinline__ void row(RowPart<S>& v, Rows& rows, int i, int cols, const float* known = nullptr) const {
     rows.load(v, i);
     if (recipe.rht == 0) return;
     const float scale = rotation_scale(recipe.rht);
     const bool round = rounds_rotated(recipe);
-    rotate_row<S>(v, recipe.rht, signs, rows.at.along);
+    rotate_row<S>(v, recipe.rht, signs, rows.at.along, known);
 #pragma unroll
     for (int u = 0; u < S::kUnits; u++) {
+      if (!known || !scales_input<Rows>()) {
 #pragma unroll
-      for (int j = 0; j < S::kUnit; j++) v[u][j] *= scale;
+        for (int j = 0; j < S::kUnit; j++) v[u][j] *= scale;
+      }
       if (round) {
 #pragma unroll
         for (int j = 0; j < S::kUnit; j++) v[u][j] = to_float(to_bf16(v[u][j]));
@@ -471,9 +475,10 @@ template <class S> __device__ __forceinline__ float eden_correction128(const flo
 __device__ __forceinline__ uint64_t eden_draw(int row, int block, int blocks) { return ((uint64_t)row / 16 * 4 + row % 4) * blocks + block; }
 __device__ __forceinline__ float eden_uniform(uint32_t word) { return (float)(2 * (word & 0xffff) + 1) * 0x1p-17f; }
 
-// Pass 2: codes and scales of a strip. four_tiles: the choice of four over six in 16x16 tiles; tensor: known_tensor_scale().
+// Pass 2: codes and scales of a strip. four_tiles: the choice of four over six in 16x16 tiles; tensor: known_tensor_scale(); known: null, or InputSigns.
 template <class S, class Rows>
-__device__ __forceinline__ void nvfp4_strip(Rows& rows, const Operand4& out, const uint32_t* four_tiles, const BlockHow& how, TensorScale tensor) {
+__device__ __forceinline__ void nvfp4_strip(Rows& rows, const Operand4& out, const uint32_t* four_tiles, const BlockHow& how, TensorScale tensor,
+                                            const float* known = nullptr) {
   const OperandRecipe& recipe = how.recipe;
   const bool tile = recipe.blocks == Blocks::b16x16, wide = recipe.outer == Outer::b1x128, four_six = recipe.scale == ScaleRule::four_six;
   const int blocks = ceil_div(out.cols, 16);
@@ -483,7 +488,7 @@ __device__ __forceinline__ void nvfp4_strip(Rows& rows, const Operand4& out, con
   if (tile) {
 #pragma unroll 1
     for (int i = 0; i < S::kRows; i++) {
-      how.row<S>(v, rows, i, out.cols);
+      how.row<S>(v, rows, i, out.cols, known);
 #pragma unroll
       for (int u = 0; u < S::kUnits; u++) tile_amax[u] = max(tile_amax[u], block_amax_bits(v[u]));
     }
@@ -501,7 +506,7 @@ __device__ __forceinline__ void nvfp4_strip(Rows& rows, const Operand4& out, con
 #pragma unroll 1
   for (int i = 0; i < S::kRows; i++) {
     const int row = rows.row(i);
-    how.row<S>(v, rows, i, out.cols);
+    how.row<S>(v, rows, i, out.cols, known);
     unsigned own_amax[S::kUnits], row_amax = 0;
 #pragma unroll
     for (int u = 0; u < S::kUnits; u++) row_amax = max(row_amax, own_amax[u] = block_amax_bits(v[u]));
@@ -584,6 +589,12 @@ template <Known kKnown> __device__ __forceinline__ void make_known(BlockHow& how
 __device__ __forceinline__ TensorScale known_tensor_scale(const OperandRecipe& recipe, const float* amax) {
   return recipe.outer == Outer::b1x128 ? TensorScale{} : outer_scale(recipe, *amax);
 }
+// A lane's InputSigns for the rows of a kernel that knows its rotation.
+template <Known kKnown, class Rows> __device__ __forceinline__ auto input_signs(const BlockHow& how) {
+  constexpr OperandRecipe kRecipe = known_recipe(kKnown);
+  const float factor = how.scales_input<Rows>() ? rotation_scale(kRecipe.rht) : 1.0f;
+  return InputSigns<kRecipe.rht>(how.signs, kRecipe.signs == Signs::fixed, (int)threadIdx.x % 8, factor);
+}
 template <bool kTranspose, bool kWarp, class Source, Known kKnown>
 __global__ void __launch_bounds__(kStripThreads, kNvfp4Blocks) nvfp4_kernel(Operand4 out, const uint32_t* four_tiles, Source x, BlockHow how) {
   using S = Share<16, kWarp>;
@@ -592,8 +603,10 @@ __global__ void __launch_bounds__(kStripThreads, kNvfp4Blocks) nvfp4_kernel(Oper
   const Source source = x.ready();
   const TensorScale tensor = known_tensor_scale(how.recipe, out.amax);
   how.write_alpha(out.amax);
+  using Rows = std::conditional_t<kTranspose && !Source::kRowCopy, PackedRows<S>, StripRows<S, kTranspose, Source>>;
+  [[maybe_unused]] const auto signs = input_signs<kKnown, Rows>(how);
   for_each_strip<S, kTranspose>(source, how.rows_covered, how.cols_covered, shared,
-                                [&](auto& rows) { nvfp4_strip<S>(rows, out, four_tiles, how, tensor); });
+                                [&](auto& rows) { nvfp4_strip<S>(rows, out, four_tiles, how, tensor, kKnown == Known::any ? nullptr : signs.of); });
 }
 
 // ------------------------------------------------------------------ both copies of a matrix, or their maxima, in one reading
@@ -652,6 +665,7 @@ __device__ __forceinline__ void for_each_square(const Matrix<bf16>& x, unsigned 
 }
 // The rows of a strip, from a square in shared memory. row, col: of the operand, where the square begins; strip: 0 to 7.
 template <class S, bool kTranspose> struct SquareRows {
+  static constexpr bool kFewBits = true;
   StripPlace at;
   const bf16* from;
   __device__ __forceinline__ SquareRows(const bf16* square, int row, int col, int strip, int rows_covered, int cols_covered) {
@@ -687,13 +701,15 @@ nvfp4_both_kernel(Operand4 row_out, Operand4 column_out, Matrix<bf16> x, BlockHo
   column_how.write_alpha(column_out.amax);
   const unsigned down = ceil_div((unsigned)max(row_how.rows_covered, column_how.cols_covered), (unsigned)kSquare);
   const unsigned across = ceil_div((unsigned)max(row_how.cols_covered, column_how.rows_covered), (unsigned)kSquare);
+  const auto row_signs = input_signs<kRow, SquareRows<S, false>>(row_how);
+  const auto column_signs = input_signs<kColumn, SquareRows<S, true>>(column_how);
   for_each_square<kBothThreads>(x, down, across, shared, [&](const bf16* square, int row, int col) {
 #pragma unroll 1
     for (int strip = (int)threadIdx.x / 32; strip < 8; strip += kBothThreads / 32) {         // whole warps are inside, or not
       SquareRows<S, false> rows(square, row, col, strip, row_how.rows_covered, row_how.cols_covered);
-      if (rows.at.inside) nvfp4_strip<S>(rows, row_out, nullptr, row_how, row_tensor);
+      if (rows.at.inside) nvfp4_strip<S>(rows, row_out, nullptr, row_how, row_tensor, row_signs.of);
       SquareRows<S, true> columns(square, col, row, strip, column_how.rows_covered, column_how.cols_covered);
-      if (columns.at.inside) nvfp4_strip<S>(columns, column_out, nullptr, column_how, column_tensor);
+      if (columns.at.inside) nvfp4_strip<S>(columns, column_out, nullptr, column_how, column_tensor, column_signs.of);
     }
   });
 }

@@ -229,6 +229,7 @@ template <class S> __device__ __forceinline__ void fetch_tile(uint32_t* tile, co
 // The rows of a strip that a thread holds, in turn.
 template <class S, bool kTranspose, class Source> struct StripRows {
   using E = typename Source::Element;
+  static constexpr bool kFewBits = sizeof(E) == 2;              // BF16: a quarter of an element is exact, and so are quarters of sums
   static constexpr bool kTurned = kTranspose && !S::kWarp;      // the CPU's column copy turns its strip itself
   const Source& x;
   StripPlace at, after;                                         // after: where this thread's next strip begins, if there is one
@@ -295,6 +296,7 @@ template <class S, bool kTranspose, class Source> struct StripRows {
 // numbers: `first` is 2^126 alone, `second` the block scale, and the scale of the tensor comes third. fp4_vector likewise, with its row's scale; FP8:
 // code * second. Codes of two rows of the strip, kDown apart, are decoded at once.
 template <class S> struct PackedRows {
+  static constexpr bool kFewBits = false;
   const Packed& x;
   StripPlace at;
   const uint32_t *codes, *factors;                              // of the first of this thread's columns
@@ -471,9 +473,27 @@ __forceinline__ void rotate16(float* v, uint32_t signs) {
   store8(v + 8, r[0] - r[1]);
 }
 #endif
+// Says nothing to the compiler of where x comes from, which it would otherwise make anew each time that it is wanted.
+__device__ __forceinline__ float in_register(float x) {
+#ifdef __CUDA_ARCH__
+  asm("" : "+f"(x));
+#endif
+  return x;
+}
+// What a lane multiplies its 16 inputs by before a rotation of kN (0: there is none): their signs times `factor`. A kernel finds them once.
+template <int kN> struct InputSigns {
+  float of[16];
+  __device__ __forceinline__ InputSigns(const SignBits& signs, bool fixed, int along, float factor) {
+    if (kN == 0) return;
+    const int place = along * 16 % max(kN, 1);
+    const uint32_t bits = (uint32_t)((place < 64 ? signs.word[0] : signs.word[1]) >> (place % 64));
+#pragma unroll
+    for (int j = 0; j < 16; j++) of[j] = fixed ? negate_if(factor, bits >> j & 1) : in_register(negate_if(factor, bits >> j & 1));    // fixed: constants
+  }
+};
 // Rotates a row's groups of n columns, without the factor 1/sqrt(n). The butterflies' distances go 1, 2, 4, ... n/2: within a block, then between
-// blocks, then between lanes.
-template <class S> __device__ __forceinline__ void rotate_row(RowPart<S>& v, int n, const SignBits& signs, int along) {
+// blocks, then between lanes. known: null, or InputSigns.
+template <class S> __device__ __forceinline__ void rotate_row(RowPart<S>& v, int n, const SignBits& signs, int along, const float* known = nullptr) {
 #pragma unroll
   for (int u = 0; u < S::kUnits; u++) {
     const int place = (along * S::kUnits + u) * S::kUnit & (n - 1);                       // of the block's first column in its group
@@ -489,7 +509,8 @@ template <class S> __device__ __forceinline__ void rotate_row(RowPart<S>& v, int
     auto negated = [&](int j) { return (n == 16 ? bits >> (j % 16) : bits >> j) & 1; };
 #pragma unroll
     for (int j = 0; j < S::kUnit; j += 2) {
-      const float a = v[u][j] * negate_if(1.0f, negated(j)), sign = negate_if(1.0f, negated(j + 1)), b = v[u][j + 1];
+      const float a = v[u][j] * (known ? known[j] : negate_if(1.0f, negated(j))), sign = known ? known[j + 1] : negate_if(1.0f, negated(j + 1));
+      const float b = v[u][j + 1];
       v[u][j] = fmaf(b, sign, a);
       v[u][j + 1] = fmaf(-b, sign, a);
     }
@@ -570,13 +591,6 @@ template <int kN, int kPer> struct LaneSigns {
     }
 #pragma unroll
     for (int k = 0; 1 << k < kLanes; k++) across[k] = in_register(negate_if(1.0f, (bits ^ bits_of(along % kLanes ^ 1 << k)) & 1));
-  }
-  // Says nothing to the compiler of where x comes from, which it would otherwise make anew each time, in three operations.
-  static __device__ __forceinline__ float in_register(float x) {
-#ifdef __CUDA_ARCH__
-    asm("" : "+f"(x));
-#endif
-    return x;
   }
   // The bit of a value's place that says which of two lanes at distance 2^k goes on with it.
   static __device__ __forceinline__ constexpr int kept_by(int k) { return kHeld >> (k + 1); }
