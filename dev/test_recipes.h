@@ -537,6 +537,8 @@ inline void test_rotated_maxima() {
         // each copy's own search, and from a packed operand
         const BlockHow straight = block_how(how), crossed = block_how(turned);
         const Matrix<bf16> source = {y.p, rows, cols};
+        if (row.rht) device_zero(both.p, 1);
+        device_zero(both.p + 1, 1);
         if (row.rht) launch_amax<false, true>(nullptr, both.p, nullptr, source, rows, round_up(cols, row.rht), straight);
         launch_amax<true, true>(nullptr, both.p + 1, nullptr, source, cols, round_up(rows, column.rht), crossed);
         one.add(same_float(both.host()[0], by_rows), where, 0, both.host()[0], by_rows);
@@ -547,6 +549,7 @@ inline void test_rotated_maxima() {
         quantize(packed.out, (const bf16*)y.p, plain, packed.groups.p);
         TestArray<float> values((size_t)rows * cols);
         dequantize(values.p, packed.out, from_how);
+        device_zero(both.p + 1, 1);
         launch_amax<true, true>(nullptr, both.p + 1, nullptr, Packed{packed.out, from_how}, cols, round_up(rows, column.rht), crossed);
         const float doubled = rotated_maximum(values.host(), rows, cols, true, column, turned);
         one.add(same_float(both.host()[1], doubled), where, 2, both.host()[1], doubled);

@@ -115,7 +115,7 @@ struct BlockHow {
     rotate_row<S>(v, recipe.rht, signs, rows.at.along, known);
 #pragma unroll
     for (int u = 0; u < S::kUnits; u++) {
-      if (!known || !scales_input<Rows>()) {
+      if (kOnCpu || !known || !scales_input<Rows>()) {
 #pragma unroll
         for (int j = 0; j < S::kUnit; j++) v[u][j] *= scale;
       }
