@@ -586,7 +586,14 @@ inline void test_both_copies() {
         OperandOnDevice a(row, rows, cols, row_packed, values), b(column, cols, rows, column_packed, column_values);
         OperandOnDevice c(row, rows, cols, row_packed, values), d(column, cols, rows, column_packed, column_values);
         TestArray<uint32_t> groups(max(group_words(rows, round_up(cols, 128)), group_words(cols, round_up(rows, 128))));
+        TestArray<float> others(std::vector<float>{3.7f, .23f}), alphas(4);
+        how.alpha = {alphas.p, others.p, column};
+        turned.alpha = {alphas.p + 1, others.p + 1, row};
         at_once += quantize_both<true>(a.out, how, b.out, turned, (const bf16*)x.p, groups.p);
+        gemm_alpha(alphas.p + 2, others.p, a.amax.p, column, row);
+        gemm_alpha(alphas.p + 3, others.p + 1, b.amax.p, row, column);
+        const std::vector<float> alpha = alphas.host();
+        for (int i = 0; i < 2; i++) m.add(alpha[i] == alpha[i + 2], (text + ", alpha").c_str(), i, alpha[i], alpha[i + 2]);
         quantize(c.out, (const bf16*)x.p, how, c.groups.p);
         quantize(d.out, (const bf16*)x.p, turned, d.groups.p);
         compare_operands(m, a.read(row), c.read(row), text + ", rows");
@@ -618,6 +625,49 @@ inline void test_both_copies() {
   std::string known;
   for (const Recipe& r : recipe_table()) if (linear_wants_third(r)) known += (known.empty() ? "" : " ") + r.name;
   check("one kernel makes both copies of dY in nvfp4, nvfp4-46 and fqt", known == "nvfp4 nvfp4-46 fqt", "%s", known.c_str());
+}
+
+// The kernel that makes an operand also writes alpha, with the bits of gemm_alpha(): every operand, beside every kind of other operand. With amax_is_zero
+// nobody fills amax: what lies there is taken for a maximum.
+inline void test_alpha_and_amax() {
+  Mismatches alpha, amax;
+  Rng rng(185);
+  const int rows = 40, cols = 72;
+  TestArray<bf16> x(narrow<bf16>(widen(as_stored<bf16>(quantizer_data(kHeavyTail, rows, cols, 186)))));
+  TestArray<float> other_amax(std::vector<float>{3.7f}), alphas(2);
+  for (const std::string& text : operand_texts()) for (bool transpose : {false, true}) {
+    const OperandRecipe o = operand_of(text);
+    QuantizeHow how = random_key(rng, transpose);
+    how.recipe = o;
+    OperandOnDevice plain(o, transpose ? cols : rows, transpose ? rows : cols), d(o, transpose ? cols : rows, transpose ? rows : cols);
+    quantize(plain.out, (const bf16*)x.p, how, plain.groups.p);
+    how.amax_is_zero = true;
+    for (const char* other : {"bf16", "nvfp4", "nvfp4 scale=four_six", "nvfp4 outer=1x128", "nvfp4 rounding=eden16 rht=128 signs=fresh", "mxfp4 scale=range34", "mxfp8",
+                              "fp4_vector", "fp8_e4m3", "fp8_e5m2", "exact"}) {
+      how.alpha.alpha = alphas.p;
+      how.alpha.other = operand_of(other);
+      how.alpha.other_amax = how.alpha.other.format == Format::bf16 ? nullptr : other_amax.p;
+      alphas.set({NAN, NAN});
+      d.amax.set({0});
+      quantize(d.out, (const bf16*)x.p, how, d.groups.p);
+      gemm_alpha(alphas.p + 1, how.alpha.other_amax, plain.amax.p, how.alpha.other, o);
+      const std::vector<float> both = alphas.host();
+      alpha.add(both[0] == both[1] && alphas.guard_intact(), (text + " beside " + other).c_str(), transpose, both[0], both[1]);
+    }
+    if (!needs_amax(o)) continue;
+    compare_operands(amax, d.read(o), plain.read(o), text);
+    d.amax.set({1e30f});
+    quantize(d.out, (const bf16*)x.p, how, d.groups.p);
+    amax.add(d.amax.host()[0] == 1e30f, (text + ", a stale maximum").c_str(), transpose, d.amax.host()[0], 1e30);
+  }
+  alpha.report("every quantizer writes alpha with the bits of gemm_alpha(), beside every other operand");
+  amax.report("a maximum that is 0 already is not filled, and the operand is the same");
+  const ChildResult r = in_child([] {
+    float memory[2];
+    Scalars s = {memory, 2};
+    for (int i = 0; i < 3; i++) s.take();
+  });
+  check("scalars run out with a message", r.exit_code == 1 && r.output.find("all 2 are taken") != std::string::npos, "exit %d", r.exit_code);
 }
 
 // Double quantization: from every packed format, what quantize() makes of its dequantized values in FP32; also from codes and scales that no quantizer
@@ -980,7 +1030,9 @@ inline LayerData gaussian_layer(int T, int K, int N, uint64_t seed) {
   return {T, K, N, random_matrix(T, K, seed), random_matrix(N, K, seed + 1), random_matrix(T, N, seed + 2)};
 }
 
-inline LayerRun run_layer(const Recipe& recipe, const LayerData& d, LinearKey key, bool x_kept = true, bool with_xt = false, bool with_third = true) {
+// earlier: a step before this one in the same memory, or null.
+inline LayerRun run_layer(const Recipe& recipe, const LayerData& d, LinearKey key, bool x_kept = true, bool with_xt = false, bool with_third = true,
+                          const LayerData* earlier = nullptr) {
   const int T = d.T, K = d.K, N = d.N;
   auto load = [](const std::vector<float>& x) { return narrow<floatX>(widen(x)); };
   std::vector<float> before((size_t)N * K);                                         // what dW holds already: it is added to
@@ -992,7 +1044,6 @@ inline LayerRun run_layer(const Recipe& recipe, const LayerData& d, LinearKey ke
   LinearScratch scratch;
   scratch.values[0] = first.p; scratch.values[1] = second.p; scratch.values[2] = with_third ? third.p : nullptr; scratch.tiles = tiles.p;
   Scalars scalars = {scalar_memory.p, Scalars::kLayer};
-  scalars.start();
   scratch.scalars = &scalars;
   if (linear_needs_rotated(recipe)) scratch.rotated = rotated.p;
   LinearSaved saved;
@@ -1002,9 +1053,14 @@ inline LayerRun run_layer(const Recipe& recipe, const LayerData& d, LinearKey ke
     auto q = *p;
     release.push_back([q] { device_free(q); });
   }, with_xt);
-  linear_forward(Y.p, X.p, W.p, T, K, N, recipe, key, scratch, &saved);
-  if (!x_kept) X.set(std::vector<floatX>(X.n, from_float<floatX>(NAN)));          // what need not be kept must not be read
-  linear_backward(dX.p, dW.p, dY.p, X.p, W.p, T, K, N, recipe, key, scratch, &saved);
+  for (const LayerData* now : {earlier, &d}) {
+    if (!now) continue;
+    X.set(load(now->X)); W.set(load(now->W)); dY.set(load(now->dY)); dW.set(before);
+    scalars.start();
+    linear_forward(Y.p, X.p, W.p, T, K, N, recipe, key, scratch, &saved);
+    if (!x_kept) X.set(std::vector<floatX>(X.n, from_float<floatX>(NAN)));          // what need not be kept must not be read
+    linear_backward(dX.p, dW.p, dY.p, X.p, W.p, T, K, N, recipe, key, scratch, &saved);
+  }
   LayerRun r{widen(Y.host()), widen(dX.host()), widen(dW.host())};
   for (size_t i = 0; i < before.size(); i++) r.dW[i] -= before[i];
   for (bool intact : {X.guard_intact(), W.guard_intact(), dY.guard_intact(), Y.guard_intact(), dX.guard_intact(), dW.guard_intact(),
@@ -1048,6 +1104,65 @@ inline LayerRun oracle_layer(const Recipe& recipe, const LayerData& d, LinearKey
   return {out.Y, out.dX, out.dW};
 }
 
+// The same layer step by step: each operand by itself, which fills its own maximum; alpha by a kernel; and the GEMM. An empty dX or dW: that gradient is
+// rotated back, masked or sloped after its GEMM.
+struct HandOperand { std::shared_ptr<OperandOnDevice> made; const floatX* data; int ld; bool transposed; OperandRecipe how; };
+inline LayerRun layer_by_hand(const Recipe& r, const LayerData& d, LinearKey key) {
+  const int T = d.T, K = d.K, N = d.N;
+  auto load = [](const std::vector<float>& x) { return narrow<floatX>(widen(x)); };
+  std::vector<float> before((size_t)N * K);
+  for (size_t i = 0; i < before.size(); i++) before[i] = (float)(i % 7) / 4;
+  TestArray<floatX> X(load(d.X)), W(load(d.W)), dY(load(d.dY)), Y((size_t)T * N), dX((size_t)T * K);
+  TestArray<float> dW(before), alpha(1);
+  auto own_amax = [&](const OperandRecipe& o, OperandIndex which, OperandIndex first, bool transpose) {
+    QuantizeHow q = quantize_how(o, {which, first, key, GemmWay::emulated}, transpose, {});
+    q.amax_is_zero = false;
+    return q;
+  };
+  auto ready = [](const OperandRecipe& o, std::shared_ptr<OperandOnDevice> made) {
+    made->out.cols = rotated_cols(made->out.cols, o.rht);
+    return HandOperand{made, made->out.values, made->out.ld, false, o};
+  };
+  auto operand = [&](const OperandRecipe& o, OperandIndex which, OperandIndex first, const TestArray<floatX>& x, int rows, int cols, bool transpose) {
+    if (o.format == Format::bf16) return HandOperand{nullptr, x.p, cols, transpose, o};
+    auto made = std::make_shared<OperandOnDevice>(o, transpose ? cols : rows, transpose ? rows : cols);
+    quantize(made->out, (const floatX*)x.p, own_amax(o, which, first, transpose), made->groups.p);
+    return ready(o, made);
+  };
+  auto doubled = [&](const OperandRecipe& o, OperandIndex which, OperandIndex first, const HandOperand& from) {
+    auto made = std::make_shared<OperandOnDevice>(o, from.made->out.cols, from.made->out.rows);
+    quantize(made->out, from.made->out, from.how, own_amax(o, which, first, true), made->groups.p);
+    return ready(o, made);
+  };
+  auto multiply = [&](const HandOperand& a, const HandOperand& b, void* D, int rows, int cols, int along, bool fp32) {
+    Gemm g;
+    g.M = rows; g.N = cols; g.K = a.made && b.made ? a.ld : along;
+    g.A = a.data; g.lda = a.ld; g.a_transposed = a.transposed;
+    g.B = b.data; g.ldb = b.ld; g.b_transposed = b.transposed;
+    g.D = D; g.ldd = cols; g.d_fp32 = g.accumulate = fp32;
+    if (a.made || b.made) {
+      gemm_alpha(alpha.p, a.made ? a.made->amax.p : nullptr, b.made ? b.made->amax.p : nullptr, a.how, b.how);
+      g.alpha = alpha.p;
+    }
+    gemm(g);
+  };
+  const HandOperand x = operand(r.fprop.x, kFpropX, kFpropX, X, T, K, false), w = operand(r.fprop.w, kFpropW, kFpropX, W, N, K, false);
+  multiply(x, w, Y.p, T, N, K, false);
+  const bool w_again = from_forward_pass(r.dgrad.w), x_again = from_forward_pass(r.wgrad.x);
+  LayerRun out{widen(Y.host()), {}, {}};
+  if (!(w_again && r.fprop.w.rht) && r.estimator.x == Estimator::ste) {
+    multiply(operand(r.dgrad.dy, kDgradDy, kDgradDy, dY, T, N, false),
+             w_again ? doubled(r.dgrad.w, kDgradW, kDgradDy, w) : operand(r.dgrad.w, kDgradW, kDgradDy, W, N, K, true), dX.p, T, K, N, false);
+    out.dX = widen(dX.host());
+  }
+  if (!(x_again && r.fprop.x.rht) && r.estimator.w == Estimator::ste) {
+    multiply(operand(r.wgrad.dy, kWgradDy, kWgradDy, dY, T, N, true),
+             x_again ? doubled(r.wgrad.x, kWgradX, kWgradDy, x) : operand(r.wgrad.x, kWgradX, kWgradDy, X, T, K, true), dW.p, N, K, T, true);
+    out.dW = widen(dW.host());
+    for (size_t i = 0; i < before.size(); i++) out.dW[i] -= before[i];
+  }
+  return out;
+}
 // Every row, and some that only --set makes.
 inline std::vector<Recipe> recipes_and_variants() {
   std::vector<Recipe> all = recipe_table();
@@ -1071,6 +1186,30 @@ inline std::vector<Recipe> recipes_and_variants() {
   return all;
 }
 
+// Two steps in the same memory, the second with a quarter of the first's maxima, in every order in which the operands of a layer can be made: the second
+// step has the bits of a layer that fills every maximum by itself and computes alpha apart.
+inline void test_maxima_and_alphas() {
+  const LinearKey key = {78, 6, 2};
+  size_t stale = 0, runs = 0, compared[3] = {};
+  std::string first;
+  for (const Recipe& row : recipes_and_variants())
+    for (auto& size : {std::array<int, 3>{128, 64, 96}, {65, 72, 40}}) {
+      const LayerData d = gaussian_layer(size[0], size[1], size[2], 141);
+      LayerData large = gaussian_layer(size[0], size[1], size[2], 142);
+      for (std::vector<float>* v : {&large.X, &large.W, &large.dY}) for (float& e : *v) e *= 4;
+      const LayerRun want = layer_by_hand(row, d, key);
+      compared[0]++; compared[1] += !want.dX.empty(); compared[2] += !want.dW.empty();
+      for (bool with_xt : {false, true}) for (bool with_third : {false, true}) {
+        if (with_xt && !can_save_xt(row)) continue;
+        const LayerRun got = run_layer(row, d, key, true, with_xt, with_third, &large);
+        const bool same = got.Y == want.Y && (want.dX.empty() || got.dX == want.dX) && (want.dW.empty() || got.dW == want.dW);
+        runs++;
+        if (!same && !stale++) first = row.name + (got.Y != want.Y ? ": Y" : !want.dX.empty() && got.dX != want.dX ? ": dX" : ": dW");
+      }
+    }
+  check("a step after one of larger maxima has the bits of one that fills each maximum and computes each alpha by itself", stale == 0 && compared[1] > 30 && compared[2] > 25,
+        "%zu of %zu differ %s; %zu Y, %zu dX, %zu dW", stale, runs, first.c_str(), compared[0], compared[1], compared[2]);
+}
 inline void test_layers_of_all_recipes() {
   // Against the oracle, from exactly dequantized operands in double. What remains: the sum in FP32; Y and dX rounded to BF16 (.0017 of their
   // norm); and with an outer scale the operand's own rounding to BF16.
@@ -1465,6 +1604,8 @@ inline void test_recipe_gradients() {
       }
     batch.gradients(m, 3);
     const std::vector<float> g = all_gradients(m);
+    const std::vector<float> stale((size_t)m.scalars.size, 1e30f);               // what no forward pass may take for a maximum
+    to_device(m.scalars.all, stale.data(), stale.size());
     batch.gradients(m, 3);
     const bool again = all_gradients(m) == g;
     batch.gradients(m, 4);
@@ -1518,7 +1659,9 @@ inline void test_recipe_training() {
 
 // Among the kernels' checks: in both thread orders.
 inline void test_quantizer_forms() {
-  if (section("quantizers: a warp a strip, a thread a strip, a thread a block")) { test_strip_forms(); test_rotated_maxima(); test_both_copies(); test_packed_sources(); test_simple_quantizer(); }
+  if (section("quantizers: a warp a strip, a thread a strip, a thread a block")) {
+    test_strip_forms(); test_rotated_maxima(); test_both_copies(); test_alpha_and_amax(); test_packed_sources(); test_simple_quantizer();
+  }
 }
 inline void test_recipes() {
   if (section("recipes: quantizers")) {
@@ -1539,6 +1682,7 @@ inline void test_recipes() {
   }
   if (section("recipes: linear layers")) {
     test_layers_of_all_recipes();
+    test_maxima_and_alphas();
     test_quantization_off();
     test_gaussian_layers();
     test_dge();
@@ -1555,6 +1699,13 @@ inline void test_recipes() {
 // the operands of a GEMM .9 (quartet2) and 1.9 (tetrajet2).
 inline void test_recipes_program(int steps = 30) {
   if (!section("the program: every recipe trains what `make run` trains")) return;
+  for (const std::string recipe : {"nvfp4", "quartet2", "tetrajet2", "fqt"}) {
+    const ChildResult r = train_program("--recipe " + recipe + " --steps 4 --profile 1 --val-batches 1 --sample-length 0 --out " + temp_dir() + "/launches_" + recipe);
+    const size_t at = r.output.find("\n  zero ");
+    const double fills = r.exit_code || at == std::string::npos ? (double)NAN : atof(r.output.c_str() + at + 8);
+    check(recipe + ": a step fills memory for its gradients and once for all maxima, and alpha has no kernel of its own",
+          fills <= 4 && r.output.find("nvfp4_kernel") != std::string::npos && r.output.find("alpha_kernel") == std::string::npos, "%.1f fills", fills);
+  }
   auto trained = [&](const std::string& recipe) {
     const ChildResult r = train_program("--recipe " + recipe + " --steps " + std::to_string(steps) + " --val-batches 8 --sample-length 0 --out " + temp_dir() + "/row_" + recipe);
     const size_t at = r.output.rfind("val loss ");

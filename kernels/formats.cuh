@@ -142,14 +142,21 @@ __host__ __device__ inline float e4m3_decode(uint8_t byte) {
 __host__ __device__ inline uint8_t e4m3_encode(float v) { return fp8_encode<3, 7>(v, 0x7e); }
 
 // v rounded to E4M3, as a float: what e4m3_decode(e4m3_encode(v)) gives, without a code in between.
-__host__ __device__ __forceinline__ float fp8_round(float v, float most, uint32_t smallest_binade, uint32_t mantissa_bits) {
-  const float a = fabsf(v) > most ? most : fabsf(v);                          // a NaN stays
+__host__ __device__ __forceinline__ float fp8_round_positive(float v, float most, uint32_t smallest_binade, uint32_t mantissa_bits) {
+  const float a = v > most ? most : v;                                        // a NaN stays
   const uint32_t b = float_bits(a) & 0x7f800000u;
   const float magic = bits_float((b > smallest_binade ? b : smallest_binade) + ((23 - mantissa_bits) << 23));
-  const float r = (a + magic) - magic;
+  return (a + magic) - magic;
+}
+__host__ __device__ __forceinline__ float fp8_round(float v, float most, uint32_t smallest_binade, uint32_t mantissa_bits) {
+  const float r = fp8_round_positive(fabsf(v), most, smallest_binade, mantissa_bits);
   return r != r ? bits_float(0x7fffffffu) : bits_float(float_bits(r) | (float_bits(v) & 0x80000000u));
 }
 __host__ __device__ __forceinline__ float e4m3_round(float v) { return fp8_round(v, kE4M3Max, (127u - 6) << 23, 3); }
+// The same of v >= 0, or NaN.
+__host__ __device__ __forceinline__ float e4m3_round_scale(float v) {
+  return kOnCpu ? e4m3_round(v) : fp8_round_positive(v, kE4M3Max, (127u - 6) << 23, 3);        // the NaN that a GPU makes is 0x7fffffff already
+}
 __host__ __device__ __forceinline__ float e5m2_round(float v) { return fp8_round(v, kE5M2Max, (127u - 14) << 23, 2); }
 
 // The smallest E4M3 value >= v, for v >= 0; saturates at 448. The codes of nonnegative values are in the order of the values, so one

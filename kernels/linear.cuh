@@ -42,7 +42,7 @@ inline SignBits rotation_signs(const OperandRecipe& how, OperandIndex first, Lin
 // Device scalars, all set to 0 by one fill before a forward pass. Every search for a maximum takes one, and so does every alpha; nobody gives his back
 // before the next forward pass, so that what is saved for the backward pass keeps its own.
 struct Scalars {
-  static constexpr int kLayer = 32;         // for a linear layer, both passes; the most that one takes: 21 (quartet2 with OutControl, --keep values)
+  static constexpr int kLayer = 32;         // for a linear layer, both passes; the most that one takes is 22 (quartet2, OutControl, Q-EMA, --keep values)
   float* all = nullptr;
   int size = 0, taken = 0;
   void start() { device_zero(all, size); taken = 0; }

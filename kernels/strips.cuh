@@ -232,12 +232,12 @@ template <class S, bool kTranspose, class Source> struct StripRows {
   static constexpr bool kFewBits = sizeof(E) == 2;              // BF16: a quarter of an element is exact, and so are quarters of sums
   static constexpr bool kTurned = kTranspose && !S::kWarp;      // the CPU's column copy turns its strip itself
   const Source& x;
-  StripPlace at, after;                                         // after: where this thread's next strip begins, if there is one
+  StripPlace at;
   const E* tile;
   float turned[kTurned ? 16 : 1][kTurned ? 128 : 1];
   typename Source::template Run<kTranspose ? 8 : S::kUnit> next;
   // tile: of the block's unit, in shared memory
-  __device__ __forceinline__ StripRows(const Source& source, StripPlace place, const E* shared) : x(source), at(place), after{0, 0, 0, false}, tile(shared) {
+  __device__ __forceinline__ StripRows(const Source& source, StripPlace place, const E* shared) : x(source), at(place), tile(shared) {
     if constexpr (kTurned) {
       turn();
     } else if constexpr (kTranspose) tile = shared + tile_offset<E>(at.col % 128) + at.row % 64;
@@ -261,16 +261,14 @@ template <class S, bool kTranspose, class Source> struct StripRows {
 #endif
   }
   __device__ __forceinline__ int row(int i) const { return at.row + i * S::kDown; }       // the thread's i-th row of the operand
-  // The rows come in order, from 0 on after start(): a row copy reads one row ahead, at last the first one of the next strip.
+  // The rows come in order, from 0 on after start(): a row copy reads one row ahead.
   static constexpr bool kAhead = !kTranspose && S::kUnits == 1;
   __device__ __forceinline__ void start() { if constexpr (kAhead) next = x.template run<S::kUnit>(at.row, at.col); }
-  __device__ __forceinline__ void move_on() { at = after; }
   __device__ __forceinline__ void load(RowPart<S>& v, int i) {
     if constexpr (kAhead) {
 #pragma unroll
       for (int j = 0; j < S::kUnit; j++) v[0][j] = next[j];
-      const bool last = i + 1 == S::kRows;
-      if (!last || after.inside) next = x.template run<S::kUnit>(last ? after.row : row(i + 1), last ? after.col : at.col);
+      if (i + 1 < S::kRows) next = x.template run<S::kUnit>(row(i + 1), at.col);
     } else {
 #pragma unroll
       for (int u = 0; u < S::kUnits; u++) {
@@ -410,16 +408,6 @@ __device__ __forceinline__ void for_each_strip(const Source& x, int rows_covered
   if constexpr (kAhead) {
     if (unit < units) fetch_tile<S>(shared, x, place(unit));
     cp_async_commit();
-  }
-  if constexpr (!kTranspose && S::kUnits == 1) {                // whole warps are inside, or not; beyond the last strip nothing is read
-    if (unit >= units) return;
-    StripRows<S, kTranspose, Source> rows(x, place(unit), shared);
-    for (; unit < units; unit += stride) {
-      rows.after = unit + stride < units ? place(unit + stride) : StripPlace{0, 0, 0, false};
-      if (rows.at.inside) use(rows);
-      rows.move_on();
-    }
-    return;
   }
   for (unsigned turn = 0; unit < units; unit += stride, turn++) {
     const StripPlace at = place(unit);
