@@ -627,8 +627,8 @@ inline void test_both_copies() {
   check("one kernel makes both copies of dY in nvfp4, nvfp4-46 and fqt", known == "nvfp4 nvfp4-46 fqt", "%s", known.c_str());
 }
 
-// The kernel that makes an operand also writes alpha, with the bits of gemm_alpha(): every operand, beside every kind of other operand. With amax_is_zero
-// nobody fills amax: what lies there is taken for a maximum.
+// The kernel that makes an operand also writes alpha, with the bits of gemm_alpha(): every operand, beside every kind of other operand. With
+// amax_is_zero nobody fills amax: what lies there is taken for a maximum.
 inline void test_alpha_and_amax() {
   Mismatches alpha, amax;
   Rng rng(185);
@@ -1104,8 +1104,8 @@ inline LayerRun oracle_layer(const Recipe& recipe, const LayerData& d, LinearKey
   return {out.Y, out.dX, out.dW};
 }
 
-// The same layer step by step: each operand by itself, which fills its own maximum; alpha by a kernel; and the GEMM. An empty dX or dW: that gradient is
-// rotated back, masked or sloped after its GEMM.
+// The same layer step by step: each operand by itself, which fills its own maximum; alpha by a kernel; and the GEMM. An empty dX or dW: that gradient
+// is rotated back, masked or sloped after its GEMM.
 struct HandOperand { std::shared_ptr<OperandOnDevice> made; const floatX* data; int ld; bool transposed; OperandRecipe how; };
 inline LayerRun layer_by_hand(const Recipe& r, const LayerData& d, LinearKey key) {
   const int T = d.T, K = d.K, N = d.N;
@@ -1186,8 +1186,8 @@ inline std::vector<Recipe> recipes_and_variants() {
   return all;
 }
 
-// Two steps in the same memory, the second with a quarter of the first's maxima, in every order in which the operands of a layer can be made: the second
-// step has the bits of a layer that fills every maximum by itself and computes alpha apart.
+// Two steps in the same memory, the second with a quarter of the first's maxima, in every order in which the operands of a layer can be made: the
+// second step has the bits of a layer that fills every maximum by itself and computes alpha apart.
 inline void test_maxima_and_alphas() {
   const LinearKey key = {78, 6, 2};
   size_t stale = 0, runs = 0, compared[3] = {};
@@ -1207,7 +1207,8 @@ inline void test_maxima_and_alphas() {
         if (!same && !stale++) first = row.name + (got.Y != want.Y ? ": Y" : !want.dX.empty() && got.dX != want.dX ? ": dX" : ": dW");
       }
     }
-  check("a step after one of larger maxima has the bits of one that fills each maximum and computes each alpha by itself", stale == 0 && compared[1] > 30 && compared[2] > 25,
+  check("a step after one of larger maxima has the bits of one that fills each maximum and computes each alpha by itself",
+        stale == 0 && compared[1] > 30 && compared[2] > 25,
         "%zu of %zu differ %s; %zu Y, %zu dX, %zu dW", stale, runs, first.c_str(), compared[0], compared[1], compared[2]);
 }
 inline void test_layers_of_all_recipes() {

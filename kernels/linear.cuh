@@ -42,7 +42,7 @@ inline SignBits rotation_signs(const OperandRecipe& how, OperandIndex first, Lin
 // Device scalars, all set to 0 by one fill before a forward pass. Every search for a maximum takes one, and so does every alpha; nobody gives his back
 // before the next forward pass, so that what is saved for the backward pass keeps its own.
 struct Scalars {
-  static constexpr int kLayer = 32;         // for a linear layer, both passes; the most that one takes is 22 (quartet2, OutControl, Q-EMA, --keep values)
+  static constexpr int kLayer = 32;         // for the two passes of a linear layer, which take up to 22 (OutControl, Q-EMA, --keep values)
   float* all = nullptr;
   int size = 0, taken = 0;
   void start() { device_zero(all, size); taken = 0; }
@@ -95,7 +95,8 @@ inline bool linear_needs_rotated(const Recipe& r) {
 // gelu_input [T,N]: takes that sum, and Y its GELU, which then must not lie where X does. null: Y is the sum.
 struct LinearEpilogue { const floatX *bias = nullptr, *residual = nullptr; floatX* gelu_input = nullptr; };
 
-// What the forward pass leaves for the backward pass of one layer: packed operands. Allocated with want_linear_saved().
+// What the forward pass leaves for the backward pass of one layer: packed operands. Allocated with want_linear_saved(), but for their maxima, which
+// are Scalars.
 struct LinearSaved {
   Operand4 x, w;                            // of fprop, for double quantization
   Operand4 xt;                              // wgrad's X^T; not there: the backward pass quantizes it from X
@@ -128,9 +129,14 @@ template <class Want> void want_linear_saved(LinearSaved& s, const Recipe& r, in
 }
 
 // ------------------------------------------------------------------ operands
-// An operand ready for the GEMM. amax: null for a tensor that is not quantized. data: null where it is packed. alpha: of this GEMM, if the kernel that
-// made the operand has written it.
-struct ReadyOperand { const floatX* data; int ld; bool transposed; const float* amax; OperandRecipe how; Operand4 packed; const float* alpha = nullptr; };
+// An operand ready for the GEMM. amax: null for a tensor that is not quantized. data: null where it is packed. alpha: of the GEMM, if the kernel that
+// made this operand writes it.
+struct ReadyOperand {
+  const floatX* data; int ld; bool transposed; const float* amax;
+  OperandRecipe how;
+  Operand4 packed;
+  const float* alpha = nullptr;
+};
 
 // How the GEMM of two such operands runs: on FP4 tensor cores where both are FP4 with the same scales and there is a way for these.
 inline GemmWay fp4_way_of(const OperandRecipe& a, const OperandRecipe& b, const Fp4Ways& ways) {
@@ -160,7 +166,9 @@ inline QuantizeHow quantize_how(const OperandRecipe& how, OperandPlace place, bo
   if (place.other) q.alpha = {s.scalars->take(), place.other->amax, place.other->how};
   return q;
 }
-inline ReadyOperand ready_operand(const Operand4& out, const QuantizeHow& q) { return {out.values, out.ld, false, out.amax, q.recipe, out, q.alpha.alpha}; }
+inline ReadyOperand ready_operand(const Operand4& out, const QuantizeHow& q) {
+  return {out.values, out.ld, false, out.amax, q.recipe, out, q.alpha.alpha};
+}
 // The frame of an operand from a source of [rows, cols], before transposition; its arrays are those of `save`, else of the scratch.
 inline Operand4 operand_frame(const OperandRecipe& how, OperandPlace place, int rows, int cols, bool transpose, const LinearScratch& s,
                               const Operand4* save) {
