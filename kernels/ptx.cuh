@@ -317,18 +317,6 @@ __device__ __forceinline__ uint32_t max_abs_bf16x2(uint32_t m, uint32_t x) {
   return max(m & 0x7fffu, x & 0x7fffu) | max(m & 0x7fff0000u, x & 0x7fff0000u);
 #endif
 }
-// Two floats rounded to bf16 (to nearest even). One conversion for two is eight times as fast as two alone.
-__device__ __forceinline__ void round_to_bf16(float& first, float& second) {
-#ifdef __CUDA_ARCH__
-  uint32_t two;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(two) : "f"(second), "f"(first));
-  first = bits_float(two << 16);
-  second = bits_float(two & 0xffff0000u);
-#else
-  first = to_float(to_bf16(first));
-  second = to_float(to_bf16(second));
-#endif
-}
 // Two floats rounded to bf16 (to nearest even) in one register, the first in the lower half.
 __device__ inline uint32_t pack_bf16(float first, float second) {
 #ifndef CPU_BUILD

@@ -106,10 +106,14 @@ struct BlockHow {
   }
   // A rotation's factor that its input's signs can take with them: a power of two, where nothing is lost by it.
   template <class Rows> __device__ __forceinline__ bool scales_input() const { return recipe.rht == 16 && Rows::kFewBits; }
-  // A row of the operand as it will be rounded. Padding that a rotation has left as -0 is 0 again. known: null, or InputSigns.
-  template <class S, class Rows> __device__ __forceinline__ void row(RowPart<S>& v, Rows& rows, int i, int cols, const float* known = nullptr) const {
+  // A row of the operand as it will be rounded; and its max|v| as bits, where a thread has one block. Padding that a rotation has left as -0 is 0 again.
+  // known: null, or InputSigns. Two BF16 in a word are one operation less than two floats: in the search for the maximum, and in rounding.
+  template <class S, class Rows> __device__ __forceinline__ unsigned row(RowPart<S>& v, Rows& rows, int i, int cols, const float* known = nullptr) const {
     rows.load(v, i);
-    if (recipe.rht == 0) return;
+    if (recipe.rht == 0) {
+      if constexpr (Rows::kPairs) return pair_amax_bits(rows.pairs);
+      return block_amax_bits(v[0]);
+    }
     const float scale = rotation_scale(recipe.rht);
     const bool round = rounds_rotated(recipe);
     rotate_row<S>(v, recipe.rht, signs, rows.at.along, known);
@@ -119,15 +123,24 @@ struct BlockHow {
 #pragma unroll
         for (int j = 0; j < S::kUnit; j++) v[u][j] *= scale;
       }
-      if (round) {
+      if (round && kOnCpu) {
+        for (int j = 0; j < S::kUnit; j++) v[u][j] = to_float(to_bf16(v[u][j]));
+      } else if (round) {
+        uint32_t words[S::kUnit / 2];
 #pragma unroll
-        for (int j = 0; j < S::kUnit; j += 2) round_to_bf16(v[u][j], v[u][j + 1]);
+        for (int j = 0; j < S::kUnit; j += 2) {
+          const uint32_t two = words[j / 2] = pack_bf16(v[u][j], v[u][j + 1]);
+          v[u][j] = bits_float(two << 16);
+          v[u][j + 1] = bits_float(two & 0xffff0000u);
+        }
+        if (S::kUnits == 1 && S::kUnit == 16) return pair_amax_bits(max_abs_pairs(words));
       }
       if (S::kUnit == 32 && recipe.rht == 16 && rows.at.col + u * 32 + 16 >= cols) {       // half a block of padding
 #pragma unroll
         for (int j = S::kUnit - 16; j < S::kUnit; j++) v[u][j] = 0;
       }
     }
+    return block_amax_bits(v[0]);
   }
 };
 // Calls use(v, row, block) for every block of this thread's strips that needs no other.
@@ -481,16 +494,16 @@ __device__ __forceinline__ void nvfp4_strip(Rows& rows, const Operand4& out, con
                                             const float* known = nullptr) {
   const OperandRecipe& recipe = how.recipe;
   const bool tile = recipe.blocks == Blocks::b16x16, wide = recipe.outer == Outer::b1x128, four_six = recipe.scale == ScaleRule::four_six;
-  const unsigned blocks = ceil_div((unsigned)out.cols, 16u), first_block = (unsigned)rows.first_block;
+  const unsigned blocks = ceil_div((unsigned)out.cols, 16u), first_block = (unsigned)rows.at.col / 16;
   const StripPlace at = rows.at;
   RowPart<S> v;
   unsigned tile_amax[S::kUnits] = {};
   if (tile) {
 #pragma unroll 1
     for (int i = 0; i < S::kRows; i++) {
-      how.row<S>(v, rows, i, out.cols, known);
+      const unsigned most = how.row<S>(v, rows, i, out.cols, known);
 #pragma unroll
-      for (int u = 0; u < S::kUnits; u++) tile_amax[u] = max(tile_amax[u], block_amax_bits(v[u]));
+      for (int u = 0; u < S::kUnits; u++) tile_amax[u] = max(tile_amax[u], S::kUnits == 1 ? most : block_amax_bits(v[u]));
     }
 #pragma unroll
     for (int u = 0; u < S::kUnits; u++) tile_amax[u] = max_down<S>(tile_amax[u]);
@@ -506,10 +519,10 @@ __device__ __forceinline__ void nvfp4_strip(Rows& rows, const Operand4& out, con
 #pragma unroll 1
   for (int i = 0; i < S::kRows; i++) {
     const unsigned row = (unsigned)rows.row(i);
-    how.row<S>(v, rows, i, out.cols, known);
+    const unsigned most = how.row<S>(v, rows, i, out.cols, known);
     unsigned own_amax[S::kUnits], row_amax = 0;
 #pragma unroll
-    for (int u = 0; u < S::kUnits; u++) row_amax = max(row_amax, own_amax[u] = block_amax_bits(v[u]));
+    for (int u = 0; u < S::kUnits; u++) row_amax = max(row_amax, own_amax[u] = S::kUnits == 1 ? most : block_amax_bits(v[u]));
     const TensorScale outer = wide ? outer_scale(recipe, bits_float(max_along<S>(row_amax))) : tensor;
     float magnitude[S::kUnits][16];
     BlockScale scale[S::kUnits];
@@ -665,9 +678,10 @@ __device__ __forceinline__ void for_each_square(const Matrix<bf16>& x, unsigned 
 }
 // The rows of a strip, from a square in shared memory. row, col: of the operand, where the square begins; strip: 0 to 7.
 template <class S, bool kTranspose> struct SquareRows {
-  static constexpr bool kFewBits = true;
+  static constexpr bool kFewBits = true, kPairs = !kTranspose;
   StripPlace at;
   const bf16* from;
+  uint32_t pairs;
   __device__ __forceinline__ SquareRows(const bf16* square, int row, int col, int strip, int rows_covered, int cols_covered) {
     const int lane = (int)threadIdx.x % 32, along = lane % S::kAlong, down = lane / S::kAlong;
     at = {row + strip * 16 + down, col + along * 16, along, row + strip * 16 < rows_covered && col < cols_covered};
@@ -675,16 +689,17 @@ template <class S, bool kTranspose> struct SquareRows {
   }
   __device__ __forceinline__ int row(int i) const { return at.row + i * S::kDown; }
   __device__ __forceinline__ void start() {}
-  __device__ __forceinline__ void load(RowPart<S>& v, int i) const {
+  __device__ __forceinline__ void load(RowPart<S>& v, int i) {
     if constexpr (kTranspose) {
 #pragma unroll
       for (int j = 0; j < 16; j++) v[0][j] = to_float(from[square_offset(j, 0) + i * S::kDown]);
     } else {
-      Matrix<bf16>::Run<16> run;
+      Matrix<bf16>::Words<16> run;
       const Vec<bf16, 16> words = load_vec<16>(from + i * (S::kDown * (kSquare + 8)));
       memcpy(&run, &words, sizeof run);
 #pragma unroll
       for (int j = 0; j < 16; j++) v[0][j] = run[j];
+      if constexpr (kPairs) pairs = max_abs_pairs(run.word);
     }
   }
 };

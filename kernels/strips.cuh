@@ -226,10 +226,21 @@ template <class S> __device__ __forceinline__ void fetch_tile(uint32_t* tile, co
   }
 }
 
+// max|x| of words that hold two bf16 each, half of them in each half, and of one such word, as the bits of a float.
+template <int kN> __device__ __forceinline__ uint32_t max_abs_pairs(const uint32_t (&word)[kN]) {
+  uint32_t m = 0;
+#pragma unroll
+  for (int j = 0; j < kN; j++) m = max_abs_bf16x2(m, word[j]);
+  return m;
+}
+__device__ __forceinline__ unsigned pair_amax_bits(uint32_t pair) { return max(pair << 16 & 0x7fff0000u, pair & 0x7fff0000u); }
+
 // The rows of a strip that a thread holds, in turn.
 template <class S, bool kTranspose, class Source> struct StripRows {
   using E = typename Source::Element;
   static constexpr bool kFewBits = sizeof(E) == 2;              // BF16: a quarter of an element is exact, and so are quarters of sums
+  static constexpr bool kPairs = !kOnCpu && sizeof(E) == 2 && !kTranspose && S::kUnits == 1;
+  uint32_t pairs;                                               // kPairs: the maxima of the elements read, as in max_abs_bf16x2()
   static constexpr bool kTurned = kTranspose && !S::kWarp;      // the CPU's column copy turns its strip itself
   const Source& x;
   StripPlace at;
@@ -268,6 +279,7 @@ template <class S, bool kTranspose, class Source> struct StripRows {
     if constexpr (kAhead) {
 #pragma unroll
       for (int j = 0; j < S::kUnit; j++) v[0][j] = next[j];
+      if constexpr (kPairs) pairs = max_abs_pairs(next.word);
       if (i + 1 < S::kRows) next = x.template run<S::kUnit>(row(i + 1), at.col);
     } else {
 #pragma unroll
@@ -294,7 +306,7 @@ template <class S, bool kTranspose, class Source> struct StripRows {
 // numbers: `first` is 2^126 alone, `second` the block scale, and the scale of the tensor comes third. fp4_vector likewise, with its row's scale; FP8:
 // code * second. Codes of two rows of the strip, kDown apart, are decoded at once.
 template <class S> struct PackedRows {
-  static constexpr bool kFewBits = false;
+  static constexpr bool kFewBits = false, kPairs = false;
   const Packed& x;
   StripPlace at;
   const uint32_t *codes, *factors;                              // of the first of this thread's columns
