@@ -89,8 +89,9 @@ template <> struct KnownFor<true, true, Matrix<bf16>> {
 template <> struct KnownFor<true, true, Packed> { using List = KnownList<Known::outer_sr16, Known::eden_rht128>; };
 #endif
 
-// Blocks of each kernel that a multiprocessor is to hold: what their registers allow.
-constexpr int kAmaxBlocks = 8, kNvfp4Blocks = 5, kMxBlocks = 4, kPlainBlocks = 6;
+// Blocks of each kernel that a multiprocessor is to hold: what their registers allow and, for columns, the shared memory of their tiles.
+constexpr int kNvfp4Blocks = 5, kMxBlocks = 4, kPlainBlocks = 6;
+__host__ __device__ constexpr int amax_blocks(bool columns) { return columns ? 5 : 8; }
 
 // What every kernel below wants to know.
 struct BlockHow {
@@ -174,14 +175,15 @@ __device__ __forceinline__ unsigned finished_amax(const OperandRecipe& how, unsi
   return float_bits(rounds_rotated(how) ? to_float(to_bf16(f)) : f) & 0x7fffffffu;
 }
 template <bool kTranspose, bool kWarp, class Source, int kRht>
-__global__ void __launch_bounds__(kStripThreads, kAmaxBlocks) amax_kernel(unsigned* plain, unsigned* rotated, unsigned* row_amax, Source x, BlockHow how) {
-  using S = Share<16, kWarp>;
+__global__ void __launch_bounds__(kStripThreads, amax_blocks(kTranspose))
+amax_kernel(unsigned* plain, unsigned* rotated, unsigned* row_amax, Source x, BlockHow how) {
+  using S = Share<kWarp && !Source::kRowCopy ? 32 : 16, kWarp>;             // longer runs are less work, where the registers allow them
   if constexpr (kRht >= 0) how.recipe.rht = kRht;
   alignas(16) __shared__ typename Source::Element shared[shared_elements<S, kTranspose, Source>()];
   unsigned most = 0, most_rotated = 0;
   const Source source = x.ready();
   constexpr bool kKnown = kWarp && kRht > 0;
-  [[maybe_unused]] const LaneSigns<kKnown ? kRht : 16, 16> signs(how.signs, (int)threadIdx.x);
+  [[maybe_unused]] const LaneSigns<kKnown ? kRht : 16, S::kUnit> signs(how.signs, (int)threadIdx.x);
   for_each_strip<S, kTranspose>(source, how.rows_covered, how.cols_covered, shared, [&](auto& rows) {
 #pragma unroll 1
     for (int i = 0; i < S::kRows; i++) {
@@ -956,8 +958,8 @@ void launch_amax(float* plain, float* rotated, uint32_t* row_amax, const Source&
   if (row_amax) device_zero(row_amax, (size_t)rows);
   how.rows_covered = rows;
   how.cols_covered = cols;
-  const Grid grid = strips_grid<kTranspose, kWarp>(rows, cols, 5);                      // tiles of columns take 33 KB of shared memory
-  const unsigned blocks = kOnCpu ? grid.blocks : min(grid.blocks, (unsigned)kAmaxBlocks * multiprocessors());
+  const Grid grid = strips_grid<kTranspose, kWarp>(rows, cols, amax_blocks(kTranspose));
+  const unsigned blocks = kOnCpu ? grid.blocks : min(grid.blocks, (unsigned)amax_blocks(kTranspose) * multiprocessors());
   auto go = [&](auto kernel) { launch(kernel, blocks, grid.threads, 0, (unsigned*)plain, (unsigned*)rotated, row_amax, x, how); };
   if constexpr (!kWarp) return go(amax_kernel<kTranspose, kWarp, Source, -1>);
   else if (how.recipe.rht == 0) go(amax_kernel<kTranspose, kWarp, Source, 0>);

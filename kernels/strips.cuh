@@ -304,7 +304,7 @@ template <class S, bool kTranspose, class Source> struct StripRows {
 // times too small; `first` is the block scale, too large by 2^118, so that their product is exact; `second` is the outer scale, too large by the
 // missing 2^8: outer scales end below 2^118. So this gives the bits of (code * block) * outer. MX: a power of two may be outside BF16's normal
 // numbers: `first` is 2^126 alone, `second` the block scale, and the scale of the tensor comes third. fp4_vector likewise, with its row's scale; FP8:
-// code * second. Codes of two rows of the strip, kDown apart, are decoded at once.
+// code * second. Codes of two rows of the strip, 4 apart, lie in one word and are decoded at once.
 template <class S> struct PackedRows {
   static constexpr bool kFewBits = false, kPairs = false;
   const Packed& x;
@@ -317,7 +317,8 @@ template <class S> struct PackedRows {
     const int column = at.col & 127, lane = (int)(threadIdx.x % 32), to = packed_row(lane, 1);
     const bool fp4 = x.fp4(), nv = x.how.format == Format::nvfp4, mx = is_mx(x.how.format);
     const bool wide = nv && x.how.outer == Outer::b1x128, outer = wide || x.how.format == Format::fp4_vector;
-    codes = fp4 ? tile + packed_row(column, 8) + (at.row & 48) / 8 : tile + packed_row(column, 16);
+    if (S::kDown == 8) at.row += at.row & 4;                    // a thread's rows are 4 apart in blocks of 32, too
+    codes = fp4 ? tile + packed_row(column, 8) + (at.row & 56) / 8 : tile + packed_row(column, 16);
     factors = all + packed_row(column, 1);
     if (x.how.format == Format::exact) return;
     uint32_t scale[4] = {};                                     // of the source rows lane, lane + 32, + 64, + 96
@@ -345,15 +346,10 @@ template <class S> struct PackedRows {
     }
     __syncwarp();
   }
-  __device__ __forceinline__ int row(int i) const { return at.row + i * S::kDown; }
+  __device__ __forceinline__ int row(int i) const { return at.row + i * 4; }
   __device__ __forceinline__ void start() {}
   // The codes of rows i and i + 1 (i even): 4 bits in each half of a word.
-  __device__ __forceinline__ uint32_t two_codes(int j, int i) const {
-    const uint32_t* from = codes + packed_row(j, 8);
-    if (S::kDown == 4) return from[i / 2];
-    const Vec<uint32_t, 2> eight = *(const Vec<uint32_t, 2>*)from;
-    return at.row & 4 ? eight.v[0] >> 16 | (eight.v[1] & 0xffff0000u) : (eight.v[0] & 0xffffu) | eight.v[1] << 16;
-  }
+  __device__ __forceinline__ uint32_t two_codes(int j, int i) const { return codes[packed_row(j, 8) + i / 2]; }
   // The factors of 4 source rows.
   __device__ __forceinline__ Vec<uint32_t, 4> first(int four) const { return load_vec<4>(factors + packed_row(4 * four, 1)); }
   __device__ __forceinline__ Vec<float, 4> second(int four) const {
