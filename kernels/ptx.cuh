@@ -294,6 +294,19 @@ __device__ inline float ex2_approx(float x) {
   return x < -126 ? 0.0f : exp2f(x);
 #endif
 }
+// x; but the compiler is not told what it is made of, which it would otherwise do again wherever x is used, to save a register.
+__device__ __forceinline__ float in_register(float x) {
+#ifndef CPU_BUILD
+  asm("" : "+f"(x));
+#endif
+  return x;
+}
+__device__ __forceinline__ uint32_t in_register(uint32_t x) {
+#ifndef CPU_BUILD
+  asm("" : "+r"(x));
+#endif
+  return x;
+}
 // Two products of bf16, each rounded to nearest even: the lower halves' and the upper halves'.
 __device__ __forceinline__ uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
 #ifndef CPU_BUILD

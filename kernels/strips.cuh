@@ -311,6 +311,7 @@ template <class S> struct PackedRows {
   StripPlace at;
   const uint32_t *codes, *factors;                              // of the first of this thread's columns
   uint32_t* shared;
+  uint32_t up_by;                                               // brings a row's code to the upper end of its half of a word
   __device__ __forceinline__ PackedRows(const Packed& source, StripPlace place, const uint32_t* tile, uint32_t* shared_memory)
       : x(source), at(place), shared(shared_memory) {
     uint32_t* all = shared + kTiles * kPackedTile + threadIdx.x / 32 * 2 * kPackedFactors;
@@ -320,6 +321,7 @@ template <class S> struct PackedRows {
     if (S::kDown == 8) at.row += at.row & 4;                    // a thread's rows are 4 apart in blocks of 32, too
     codes = fp4 ? tile + packed_row(column, 8) + (at.row & 56) / 8 : tile + packed_row(column, 16);
     factors = all + packed_row(column, 1);
+    up_by = in_register(0x1000u >> (at.row & 3) * 4);           // a multiplication: the units that shift are busier
     if (x.how.format == Format::exact) return;
     uint32_t scale[4] = {};                                     // of the source rows lane, lane + 32, + 64, + 96
     if (nv || mx) {
@@ -367,7 +369,6 @@ template <class S> struct PackedRows {
 #pragma unroll
       for (int j = 0; j < S::kUnit; j++) v[0][j] = 0;
     } else if (x.fp4()) {
-      const uint32_t up_by = 0x1000u >> (at.row & 3) * 4;       // a multiplication: the units that shift are busier
 #pragma unroll
       for (int four = 0; four < S::kUnit / 4; four++) {
         const Vec<float, 4> last = second(four);
@@ -469,13 +470,6 @@ __forceinline__ void rotate16(float* v, uint32_t signs) {
   store8(v + 8, r[0] - r[1]);
 }
 #endif
-// Says nothing to the compiler of where x comes from, which it would otherwise make anew each time that it is wanted.
-__device__ __forceinline__ float in_register(float x) {
-#ifdef __CUDA_ARCH__
-  asm("" : "+f"(x));
-#endif
-  return x;
-}
 // What a lane multiplies its 16 inputs by before a rotation of kN (0: there is none): their signs times `factor`. A kernel finds them once.
 template <int kN> struct InputSigns {
   float of[16];
