@@ -32,8 +32,10 @@
 // NaN     A NaN anywhere makes amax NaN (by a maximum that keeps it, not fmaxf, which drops it), hence alpha NaN, hence the
 //         loss: E2M1 itself has no NaN and would hide it as 6. Formats without a tensor scale make the block's scale NaN.
 // Source  NVIDIA, arXiv 2509.25149, appendix C; the other papers are named in recipe.cuh. Random bits: philox.cuh.
-// Cost    amax: reads x once, for both copies of a tensor where the rows are not rotated, or both copies by 128 (amax_of_both()). Codes: reads x
-//         once, for both copies where one kernel makes them (quantize_both()), writes 2 bytes a value (values) or 0.56 (packed). By count in SASS 20
+// Cost    amax: reads x once, for both copies of a tensor where the rows are not rotated, or both copies by 128 (amax_of_both()). By count in SASS,
+//         instructions a value and copy, the loop over rows: with RHT16, and the plain maximum beside it, 6 (14 as the codes are rotated), with
+//         RHT128 10, one of them a shuffle (14, 3 of them shuffles), with RHT128 from a packed operand about 15 (26). Codes: reads x once, for both
+//         copies where one kernel makes them (quantize_both()), writes 2 bytes a value (values) or 0.56 (packed). By count in SASS 20
 //         instructions a value with RN, 27 with SR and RHT16: a GPU's arithmetic and its memory take about as long.
 //         Percent of the speed of a copy of the same bytes, values of 32768 x 3072, amax included / known (H100). The first chapter is
 //         dev/quantize_simple.cuh.
