@@ -507,12 +507,12 @@ inline void test_rotated_maxima() {
                       eden = operand_of("nvfp4 rounding=eden16 rht=128 signs=fresh"), from_how = operand_of("nvfp4 outer=1x128");
   int infinite = 0, nans = 0;
   for (const auto& [row, column] : {std::pair(none, fixed16), std::pair(none, fresh16), std::pair(eden, eden)})
-    for (auto [rows, cols] : {std::pair(150, 72), std::pair(37, 304), std::pair(129, 136), std::pair(260, 128)})
+    for (auto [rows, cols] : {std::pair(150, 72), std::pair(37, 304), std::pair(129, 136), std::pair(379, 128)})
       for (int trial = 0; trial < 14; trial++) {
         std::vector<float> x = random_matrix(rows, cols, 188 + trial);
         for (float& e : x) e = trial == 13 ? -0.0f : ldexpf(e, trial == 12 ? 126 : (int)rng.below(40) - 20);
-        const int r = (int)rng.below(rows), c = (int)rng.below(cols), last = column.rht / 2;
-        auto at = [&](int i, int j) -> float& { return x[(size_t)(i < rows ? i : r) * cols + (j < cols ? j : c)]; };
+        const int height = rows, width = cols, r = (int)rng.below(rows), c = (int)rng.below(cols), last = column.rht / 2;
+        auto at = [&](int i, int j) -> float& { return x[(size_t)(i < height ? i : r) * width + (j < width ? j : c)]; };
         if (trial == 7) at(r, c) = NAN;
         if (trial >= 8 && trial <= 11) at(r, c) = INFINITY;
         if (trial == 9) at(r ^ last, c) = at(r, c ^ last) = INFINITY;

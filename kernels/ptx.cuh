@@ -323,8 +323,11 @@ __device__ __forceinline__ uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
 }
 // max(|m|, |x|) of each of two bf16, NaN if there is one; the signs of the result mean nothing.
 __device__ __forceinline__ uint32_t max_abs_bf16x2(uint32_t m, uint32_t x) {
-#ifndef CPU_BUILD
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 860
   asm("max.NaN.xorsign.abs.bf16x2 %0, %0, %1;" : "+r"(m) : "r"(x));
+  return m;
+#elif !defined(CPU_BUILD)
+  asm("{.reg .b32 a; abs.bf16x2 a, %1; max.NaN.bf16x2 %0, %0, a;}" : "+r"(m) : "r"(x));
   return m;
 #else
   return max(m & 0x7fffu, x & 0x7fffu) | max(m & 0x7fff0000u, x & 0x7fff0000u);
