@@ -321,8 +321,35 @@ inline void test_quotients() {
         "%d divisors, 2^23 mantissas each: %ld wrong, and %d at the ends of the range", (int)divisors.size(), wrong, ends);
 }
 
+// Random pairs; divisors at the ends of their mantissas, all of them beside each other; quotients next to the middle between two floats, which are the
+// ones that a wrong last place shows in; zeros of both signs; the ends of the range.
+inline void test_divisors() {
+  Mismatches random, hard, zeros;
+  Rng rng(23);
+  auto add = [](Mismatches& m, float v, float d) {
+    const float q = Divisor(d).quotient(v);
+    m.add(float_bits(q) == float_bits(v / d), "v", v, q, v / d);
+  };
+  auto mantissa = [&] { return (uint32_t)rng.next() & 0x7fffffu; };
+  for (int i = 0; i < 20000000; i++) {
+    const uint32_t at = i % 4 == 0 ? (uint32_t)i / 4 % 65536 : i % 4 == 1 ? 0x7fffffu - (uint32_t)i / 4 % 65536 : mantissa();
+    const float d = bits_float((uint32_t)(127 - 79 + rng.below(158)) << 23 | at);
+    add(random, bits_float((uint32_t)(127 - 20 + rng.below(40)) << 23 | mantissa()) * (i % 2 ? d : 1.0f), d);
+  }
+  for (int i = 0; i < 4000000; i++) {                          // v nearest to d (q + half a unit of its last place)
+    const float d = bits_float(127u << 23 | mantissa()), q = bits_float(127u << 23 | mantissa());
+    const float v = (float)((double)d * ((double)q + 0x1p-24));
+    for (int ulp = -1; ulp <= 1; ulp++) add(hard, bits_float(float_bits(v) + ulp), d);
+  }
+  for (float d : {1.0f, 3.0f, 0.7f, 0x1.fffffep79f, 0x1.000002p-80f}) for (float v : {0.0f, -0.0f}) add(zeros, v, d);
+  random.report("division by two parts of a reciprocal: the correctly rounded quotient");
+  hard.report("of quotients next to the middle of two floats");
+  zeros.report("of zeros, which keep their sign");
+}
+
 inline void test_formats() {
   if (!section("formats and random numbers")) return;
+  test_divisors();
   test_nibbles();
   test_quotients();
   test_conversions();

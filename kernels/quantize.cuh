@@ -333,18 +333,26 @@ template <int kN> __device__ __forceinline__ void clear_block(const Operand4& ou
   if (out.codes) for (int j = 0; j < bytes * (kN / 16); j++) out.codes[at * bytes / 16 + j] = 0;
   if (out.values) for (int j = 0; j < kN; j++) out.values[at + j] = from_float<floatX>(0);
 }
-// v / d, each correctly rounded. A GPU's division takes ten operations and more, most of them to find 1/d: here it is found once. Two
-// corrections by multiply-add then give the correctly rounded quotient as long as nothing leaves the normal range; else it really divides. The
-// remainder is taken as q d - v, so that a zero keeps its sign.
+// v / d, correctly rounded, in four operations: a GPU's division takes ten and more, most of them to find 1/d, which here is found once. With 1/d as a
+// sum of two floats the first quotient is off by less than one unit of its last place; then one correction with the rounded 1/d is right (P. Markstein,
+// IBM J. Res. Dev. 34, 1990), as long as nothing leaves the normal range. `below` is rounded down so that `rest` is not negative, and the remainder is
+// taken as q d - v: a zero keeps its sign.
+struct Divisor {
+  float d, nearest, below, rest;                               // 1/d to nearest; 1/d = below + rest
+  __host__ __device__ __forceinline__ explicit Divisor(float divisor) : d(divisor), nearest(1.0f / divisor) {
+    below = fmaf(-d, nearest, 1.0f) < 0 ? bits_float(float_bits(nearest) - 1) : nearest;
+    rest = fmaf(-d, below, 1.0f) * nearest;
+  }
+  __host__ __device__ __forceinline__ float quotient(float v) const {
+    const float q = fmaf(v, below, v * rest);
+    return fmaf(fmaf(q, d, -v), -nearest, q);
+  }
+};
 template <int kN> __device__ __forceinline__ void divide_block(float (&v)[kN], float d) {
   if (!kOnCpu && d > 0x1p-80f && d < 0x1p80f) {
-    const float r = 1.0f / d;
+    const Divisor by(d);
 #pragma unroll
-    for (int j = 0; j < kN; j++) {
-      float q = __fmul_rn(v[j], r);
-      q = fmaf(-fmaf(q, d, -v[j]), r, q);
-      v[j] = fmaf(-fmaf(q, d, -v[j]), r, q);
-    }
+    for (int j = 0; j < kN; j++) v[j] = by.quotient(v[j]);
   } else {
 #pragma unroll
     for (int j = 0; j < kN; j++) v[j] = v[j] / d;
