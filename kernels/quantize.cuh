@@ -51,6 +51,7 @@
 //         By rows, MXFP4 to nearest and FP8 reach 92 to 98 %, MXFP4 with SR and MXFP8 79; by columns 66 to 85. What did not pay: two blocks of 16
 //         a lane (spills: 1.3 to 1.6 times as long). All 4 rows of a lane at once was not even timed: 158 registers, 8 warps a multiprocessor.
 #pragma once
+#include <map>
 #include "operand.cuh"    // defines: Operand4, QuantizeHow, dequantize
 #include "philox.cuh"
 #include "ptx.cuh"
@@ -92,8 +93,9 @@ template <> struct KnownFor<true, true, Packed> { using List = KnownList<Known::
 #endif
 
 // Blocks of each kernel that a multiprocessor is to hold: what their registers allow and, for columns, the shared memory of their tiles.
-constexpr int kNvfp4Blocks = 5, kMxBlocks = 4, kPlainBlocks = 6;
+constexpr int kMxBlocks = 4, kPlainBlocks = 6;
 __host__ __device__ constexpr int amax_blocks(bool columns) { return columns ? 5 : 8; }
+__host__ __device__ constexpr int nvfp4_blocks(bool columns_of_a_matrix, Known k) { return columns_of_a_matrix && k != Known::any ? 6 : 5; }
 
 // What every kernel below wants to know.
 struct BlockHow {
@@ -621,7 +623,8 @@ template <Known kKnown, class Rows> __device__ __forceinline__ auto input_signs(
   return InputSigns<kRecipe.rht>(how.signs, kRecipe.signs == Signs::fixed, (int)threadIdx.x % 8, factor);
 }
 template <bool kTranspose, bool kWarp, class Source, Known kKnown>
-__global__ void __launch_bounds__(kStripThreads, kNvfp4Blocks) nvfp4_kernel(Operand4 out, const uint32_t* four_tiles, Source x, BlockHow how) {
+__global__ void __launch_bounds__(kStripThreads, nvfp4_blocks(kTranspose && Source::kRowCopy, kKnown))
+nvfp4_kernel(Operand4 out, const uint32_t* four_tiles, Source x, BlockHow how) {
   using S = Share<16, kWarp>;
   make_known<kKnown>(how);
   alignas(16) __shared__ typename Source::Element shared[shared_elements<S, kTranspose, Source>()];
@@ -955,22 +958,32 @@ inline void unpack_values(const Operand4& p, const OperandRecipe& how) {
 inline bool needs_amax(const OperandRecipe& r) {
   return (r.format == Format::nvfp4 && r.outer == Outer::tensor) || is_fp8(r.format) || r.format == Format::fp4_vector;
 }
-// A grid that gives every strip a warp (on the CPU: a thread). Columns: as many blocks as the GPU holds at once, `resident` a multiprocessor; they stay,
-// since they fetch ahead. (Blocks of rows that stay, the next strip's first row on its way: 1.00 to 1.09 times as long, SR without a rotation .95; H200.)
-struct Grid { unsigned blocks, threads; };
-template <bool kTranspose, bool kWarp> Grid strips_grid(int rows, int cols, int resident) {
-  const unsigned units = strip_units<Share<16, kWarp>, kTranspose>(rows, cols), most = resident * multiprocessors();
-  if (!kWarp) return {ceil_div(units, 8u), 8};
-  return {kTranspose ? min(units, most) : units, kStripThreads};
+// Blocks of kernel<<<., threads>>> that the GPU holds at once.
+template <class Kernel> unsigned resident_blocks(Kernel kernel, [[maybe_unused]] unsigned threads) {
+#ifdef CPU_BUILD
+  (void)kernel;
+  return 1u << 30;
+#else
+  static std::map<const void*, int> known;                     // one map for all kernels of a type
+  int& blocks = known[(const void*)kernel];
+  if (!blocks) CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, (int)threads, 0));
+  return (unsigned)(max(blocks, 1) * multiprocessors());
+#endif
+}
+// Runs a kernel with a warp for every strip (on the CPU: a thread), four strips a block. `stay`: no more blocks than the GPU holds at once, as for
+// columns, which fetch ahead, and for maxima. (Blocks of rows that stay, the next strip's first row on its way: 1.00 to 1.09 times as long, SR without
+// a rotation .95; H200.)
+template <bool kTranspose, bool kWarp, class Kernel, class... A> void launch_strips(Kernel kernel, bool stay, int rows, int cols, A... args) {
+  const unsigned units = strip_units<Share<16, kWarp>, kTranspose>(rows, cols), threads = kWarp ? kStripThreads : 8;
+  const unsigned blocks = !kWarp ? ceil_div(units, 8u) : stay ? min(units, resident_blocks(kernel, threads)) : units;
+  launch(kernel, blocks, threads, 0, args...);
 }
 template <bool kTranspose, bool kWarp, class Source>
 void launch_amax(float* plain, float* rotated, uint32_t* row_amax, const Source& x, int rows, int cols, BlockHow how) {
   if (row_amax) device_zero(row_amax, (size_t)rows);
   how.rows_covered = rows;
   how.cols_covered = cols;
-  const Grid grid = strips_grid<kTranspose, kWarp>(rows, cols, amax_blocks(kTranspose));
-  const unsigned blocks = kOnCpu ? grid.blocks : min(grid.blocks, (unsigned)amax_blocks(kTranspose) * multiprocessors());
-  auto go = [&](auto kernel) { launch(kernel, blocks, grid.threads, 0, (unsigned*)plain, (unsigned*)rotated, row_amax, x, how); };
+  auto go = [&](auto kernel) { launch_strips<kTranspose, kWarp>(kernel, true, rows, cols, (unsigned*)plain, (unsigned*)rotated, row_amax, x, how); };
   if constexpr (!kWarp) return go(amax_kernel<kTranspose, kWarp, Source, -1>);
   else if (how.recipe.rht == 0) go(amax_kernel<kTranspose, kWarp, Source, 0>);
   else if (how.recipe.rht == 16) go(amax_kernel<kTranspose, kWarp, Source, 16>);
@@ -1001,17 +1014,16 @@ void launch_quantize(const Operand4& out, const Source& x, BlockHow how, uint32_
     launch_amax<kTranspose, kWarp>(r.rht ? nullptr : out.amax, r.rht ? out.amax : nullptr, r.format == Format::fp4_vector ? groups : nullptr, x,
                                    out.rows, out.cols, how);
   cover(how, out);
-  const Grid grid = strips_grid<kTranspose, kWarp>(how.rows_covered, how.cols_covered,
-                                                   is_mx(r.format) ? kMxBlocks : r.format == Format::nvfp4 ? kNvfp4Blocks : kPlainBlocks);
-  if (is_mx(r.format)) return launch(mx_kernel<kTranspose, kWarp, Source>, grid.blocks, grid.threads, 0, out, x, how);
-  if (r.format != Format::nvfp4) return launch(plain_kernel<kTranspose, kWarp, Source>, grid.blocks, grid.threads, 0, out, groups, x, how);
+  auto go = [&](auto kernel, auto... args) { launch_strips<kTranspose, kWarp>(kernel, kTranspose, how.rows_covered, how.cols_covered, args...); };
+  if (is_mx(r.format)) return go(mx_kernel<kTranspose, kWarp, Source>, out, x, how);
+  if (r.format != Format::nvfp4) return go(plain_kernel<kTranspose, kWarp, Source>, out, groups, x, how);
   if (r.blocks == Blocks::b16x16 && r.scale == ScaleRule::four_six) {
     const unsigned tiles = ceil_div(out.rows, 16) * ceil_div(out.cols, 16), threads = kWarp ? 128 : 8;                 // 8 tiles in a block
     launch(tile_four_six_kernel<kTranspose, kWarp, Source>, ceil_div(tiles, 8u), threads, 0, groups, x, out.rows, out.cols, how,
            (const float*)out.amax);
   }
   with_known<kTranspose, kWarp, Source>(how, typename KnownFor<kTranspose, kWarp, Source>::List{},
-                                        [&](auto kernel) { launch(kernel, grid.blocks, grid.threads, 0, out, groups, x, how); });
+                                        [&](auto kernel) { go(kernel, out, groups, x, how); });
 }
 
 inline void check_operand(const Operand4& out, const OperandRecipe& r, const uint32_t* groups) {
