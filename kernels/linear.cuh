@@ -45,7 +45,8 @@ struct Scalars {
   static constexpr int kLayer = 32;         // for the two passes of a linear layer, which take up to 22 (OutControl, Q-EMA, --keep values)
   float* all = nullptr;
   int size = 0, taken = 0;
-  void start() { device_zero(all, size); taken = 0; }
+  unsigned starts = 0;                      // forward passes so far
+  void start() { device_zero(all, size); taken = 0; starts++; }
   float* take() {
     if (taken == size) die("Scalars: all %d are taken; start() comes before a forward pass", size);
     return all + taken++;
@@ -101,7 +102,18 @@ struct LinearSaved {
   Operand4 x, w;                            // of fprop, for double quantization
   Operand4 xt;                              // wgrad's X^T; not there: the backward pass quantizes it from X
   bool again = false;                       // --keep values: the backward pass fills x and w, from X and W. (Then all layers may share the memory.)
+  // max|W| as the forward pass found it, which need not be searched for W^T: of which weights, in which forward pass.
+  struct { const floatX* of = nullptr; size_t elements = 0; unsigned pass = 0; float* amax = nullptr; } w_max;
 };
+// Do W and W^T have one scale of the tensor, for the same values?
+inline bool one_w_max(const Recipe& r) {
+  return share_amax(r.fprop.w, r.dgrad.w) && !r.fprop.w.rht && !r.dgrad.w.rht && r.dgrad.w.source == Source::original;
+}
+inline float* known_w_max(const LinearSaved* saved, const floatX* W, size_t elements, const Recipe& r, const LinearScratch& s) {
+  if (!saved || !one_w_max(r)) return nullptr;
+  const auto& m = saved->w_max;
+  return m.of == W && m.elements == elements && m.pass == s.scalars->starts ? m.amax : nullptr;
+}
 enum class Keep { codes, values };          // how X waits for the backward pass
 inline bool from_forward_pass(const OperandRecipe& o) { return o.format != Format::bf16 && o.source == Source::forward; }
 inline bool uses_dge(const Recipe& r) {
@@ -296,6 +308,7 @@ inline void linear_forward(floatX* Y, const floatX* X, const floatX* W, int T, i
                               : prepare_operand(r.fprop.x, x_place, X, T, K, false, s, saved && saves_x(r) ? &saved->x : nullptr,
                                                 rows_known ? s.scalars->take() : nullptr);
   const ReadyOperand w = prepare_operand(r.fprop.w, {kFpropW, kFpropX, key, way, &x}, W, N, K, false, s, saved && saves_w(r) ? &saved->w : nullptr);
+  if (saved && one_w_max(r)) saved->w_max = {W, (size_t)N * K, s.scalars->starts, (float*)w.amax};
   Gemm g;
   g.M = T; g.N = N; g.K = K; g.D = Y; g.ldd = N;
   g.bias = add.bias; g.C = add.residual; g.accumulate = add.residual != nullptr; g.gelu_input = add.gelu_input;
@@ -320,7 +333,8 @@ inline void linear_dgrad(floatX* dX, const floatX* dY, const floatX* W, int T, i
   const GemmWay way = fp4_way_of(r.dgrad.dy, r.dgrad.w, s.ways);
   const ReadyOperand dy = ready ? *ready : prepare_operand(r.dgrad.dy, {kDgradDy, kDgradDy, key, way}, dY, T, N, false, s, nullptr, dy_amax);
   const OperandPlace place = {kDgradW, kDgradDy, key, way, &dy};
-  const ReadyOperand w = doubled ? prepare_forward_operand(r.dgrad.w, place, saved->w, r.fprop.w, s) : prepare_operand(r.dgrad.w, place, W, N, K, true, s);
+  const ReadyOperand w = doubled ? prepare_forward_operand(r.dgrad.w, place, saved->w, r.fprop.w, s)
+                                 : prepare_operand(r.dgrad.w, place, W, N, K, true, s, nullptr, known_w_max(saved, W, (size_t)N * K, r, s));
   const int rht = doubled ? r.fprop.w.rht : 0, width = rotated_cols(K, rht);
   Gemm g;
   g.M = T; g.N = width; g.K = N; g.D = dX; g.ldd = width;

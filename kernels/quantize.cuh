@@ -109,8 +109,11 @@ struct BlockHow {
   __device__ __forceinline__ void write_alpha(const float* amax) const {
     if (alpha.alpha && blockIdx.x == 0 && threadIdx.x == 0) *alpha.alpha = alpha_of(amax, recipe, alpha.other_amax, alpha.other);
   }
-  // A rotation's factor that its input's signs can take with them: a power of two, where nothing is lost by it.
-  template <class Rows> __device__ __forceinline__ bool scales_input() const { return recipe.rht == 16 && Rows::kFewBits; }
+  // A rotation's factor that its input's signs can take with them: a power of two, where nothing is lost by it. Sums that overflow without it do not
+  // overflow then: that has to show in the scale of the tensor, whose search for the maximum goes without.
+  template <class Rows> __device__ __forceinline__ bool scales_input() const {
+    return recipe.rht == 16 && Rows::kFewBits && recipe.outer == Outer::tensor;
+  }
   // A row of the operand as it will be rounded; and its max|v| as bits, where a thread has one block. Padding that a rotation has left as -0 is 0 again.
   // known: null, or InputSigns. Two BF16 in a word are one operation less than two floats: in the search for the maximum, and in rounding.
   template <class S, class Rows> __device__ __forceinline__ unsigned row(RowPart<S>& v, Rows& rows, int i, int cols, const float* known = nullptr) const {
