@@ -32,11 +32,12 @@
 // NaN     A NaN anywhere makes amax NaN (by a maximum that keeps it, not fmaxf, which drops it), hence alpha NaN, hence the
 //         loss: E2M1 itself has no NaN and would hide it as 6. Formats without a tensor scale make the block's scale NaN.
 // Source  NVIDIA, arXiv 2509.25149, appendix C; the other papers are named in recipe.cuh. Random bits: philox.cuh.
-// Cost    amax: reads x once, for both copies of a tensor where the rows are not rotated, or both copies by 128 (amax_of_both()). By count in SASS,
-//         instructions a value and copy, the loop over rows: with RHT16, and the plain maximum beside it, 6 (14 as the codes are rotated), with
-//         RHT128 10, one of them a shuffle (14, 3 of them shuffles), with RHT128 from a packed operand about 15 (26). Codes: reads x once, for both
-//         copies where one kernel makes them (quantize_both()), writes 2 bytes a value (values) or 0.56 (packed). By count in SASS 20
-//         instructions a value with RN, 27 with SR and RHT16: a GPU's arithmetic and its memory take about as long.
+// Cost    amax: reads x once, for both copies of a tensor where the rows are not rotated, or both copies by 128 (amax_of_both()). Codes: reads x
+//         once, for both copies where one kernel makes them (quantize_both()), writes 2 bytes a value (values) or 0.56 (packed). A GPU's memory and
+//         the issue of instructions take about as long, so instructions are what counts. Executed for a value of the row copy (Nsight Compute),
+//         before the last round and near its end: RN 17, 16; SR 25, 23; outer 1x128 RN 30, 25, with SR and RHT16 45, 37; MS-EDEN with RHT128 42 at the
+//         end. In the searches for the maximum, a value and copy, by count in SASS: RHT16 and the plain maximum beside it 14, 6; RHT128 14, 10, of
+//         which shuffles 3 and 1; RHT128 from a packed operand 26, 15.
 //         Percent of the speed of a copy of the same bytes, values of 32768 x 3072, amax included / known (H100). The first chapter is
 //         dev/quantize_simple.cuh.
 //                                                            row RN     row SR     column RN RHT16   column SR RHT16
@@ -45,11 +46,25 @@
 //             columns through shared memory                    57 / 85    49 / 70     39 / 58           35 / 49
 //             fetched ahead; SR by one directed addition       57 / 83    52 / 73     52 / 74           43 / 59
 //             recipe known to the compiler; multiply-adds      65 / 99    63 / 93     56 / 83           55 / 82
-//         The last line counts what a GPU does least of: integer operations, logic, minima (half as many in a time as multiply-adds). SR with
-//         RHT16 went from about 19 of them a value to 9, by estimate. Further, known / before it: W 16x16 89 / 77, W^T 85 / 79, 4/6 92 / 45, outer 1x128 93 / 71,
-//         with SR and RHT16 78 / 55 by rows and 65 / 49 by columns, MS-EDEN with RHT128 72 / 54 and 59 / 47.
-//         By rows, MXFP4 to nearest and FP8 reach 92 to 98 %, MXFP4 with SR and MXFP8 79; by columns 66 to 85. What did not pay: two blocks of 16
-//         a lane (spills: 1.3 to 1.6 times as long). All 4 rows of a lane at once was not even timed: 158 registers, 8 warps a multiprocessor.
+//         What changed since (H200, 65536 x 3072, ms, amax known; a copy takes .196; before the stroke values, behind it packed):
+//                                        recipe known     fewer instructions
+//             rows      RN                .214 / .226        .201 / .166
+//                       SR                .233 / .294        .221 / .223
+//                       4/6               .260 / .336        .261 / .288
+//                       1x128             .252 / .320        .210 / .215
+//                       1x128 SR RHT16    .345 / .423        .272 / .304
+//                       MS-EDEN RHT128    .379 / .462        .311 / .343
+//             columns   SR RHT16          .294 / .371        .276 / .308
+//                       1x128 SR RHT16    .403 / .491        .341 / .376
+//                       MS-EDEN RHT128    .447 / .539        .362 / .400
+//             both copies   dY SR, SR RHT16; X RN, RN RHT16 packed      .487; .428     .430; .350
+//             both maxima   plain and RHT16; RHT128 twice (to read takes .098)     .155; .294     .108; .178
+//             from packed   columns MS-EDEN, its maximum                .497; .237     .397; .180
+//         What did not pay: two blocks of 16 a lane (spills: 1.3 to 1.6 times as long); all 4 rows of a lane at once (158 registers, 8 warps a
+//         multiprocessor, not timed); blocks of rows that stay on (launch_strips()); for both copies six or five blocks of 128 threads, or three of
+//         256, with one square, or two of 256 with two (.99 to 1.04); their columns by ldmatrix (dY 1.00, X packed 1.03); six blocks instead of five
+//         for columns (1.00). Two stores of 16 bytes a lane fill half of each 32-byte sector at a time: L2 is at 80 to 85 % of its rate in the kernels
+//         without a rotation. An exchange between lanes would mend that for about one instruction a value: not tried.
 #pragma once
 #include <map>
 #include "operand.cuh"    // defines: Operand4, QuantizeHow, dequantize
