@@ -62,9 +62,9 @@
 //             from packed   columns MS-EDEN, its maximum                .497; .237     .397; .180
 //         What did not pay: two blocks of 16 a lane (spills: 1.3 to 1.6 times as long); all 4 rows of a lane at once (158 registers, 8 warps a
 //         multiprocessor, not timed); blocks of rows that stay on (launch_strips()); for both copies six or five blocks of 128 threads, or three of
-//         256, with one square, or two of 256 with two (.99 to 1.04); their columns by ldmatrix (dY 1.00, X packed 1.03); six blocks instead of five
-//         for columns (1.00). Two stores of 16 bytes a lane fill half of each 32-byte sector at a time: L2 is at 80 to 85 % of its rate in the kernels
-//         without a rotation. An exchange between lanes would mend that for about one instruction a value: not tried.
+//         256, with one square, or two of 256 with two (.99 to 1.04); their columns by ldmatrix (dY 1.00, X packed 1.03). Two stores of 16 bytes a
+//         lane fill half of each 32-byte sector at a time: L2 is at 80 to 85 % of its rate in the kernels without a rotation. An exchange
+//         between lanes would mend that for about one instruction a value: not tried.
 #pragma once
 #include <map>
 #include "operand.cuh"    // defines: Operand4, QuantizeHow, dequantize
@@ -541,7 +541,7 @@ __device__ __forceinline__ void nvfp4_strip(Rows& rows, const Operand4& out, con
     for (int u = 0; u < S::kUnits; u++) tile_amax[u] = max_down<S>(tile_amax[u]);
     rows.start();
   }
-  [[maybe_unused]] uint4 eden[4][S::kUnits];                   // a lane's rows share a draw; a thread that has 16 rows has four
+  [[maybe_unused]] uint4 eden[4][S::kUnits] = {};                 // a lane's rows share a draw; a thread that has 16 rows has four
 #ifdef CPU_BUILD
   if constexpr (!S::kWarp) {
     if (is_eden(recipe)) for (int k = 0; k < 4; k++) random_blocks8(eden[k], how.key, eden_draw(at.row + k, first_block, blocks));
