@@ -72,8 +72,7 @@ inline void bench() {
   printf("memory-bound kernels (bytes: inputs read once, outputs written once)\n");
   row("copy", 2 * X * e, [&] { device_copy(y, x, n); });
 
-  LinearScratch s;
-  s.tiles = device_alloc<uint32_t>(linear_tile_words(T, C, F));
+  uint32_t* const tiles = device_alloc<uint32_t>(linear_tile_words(T, C, F));
   float* const amax = device_alloc<float>(2);
   uint8_t *codes = device_alloc<uint8_t>(n / 2), *scales = device_alloc<uint8_t>(std::max(scale_bytes(T, F), scale_bytes(F, T)));
   auto quantizer = [&](const char* name, int rows, int cols, bool transpose, bool tile16, bool stochastic, int hadamard, bool packed,
@@ -84,9 +83,9 @@ inline void bench() {
     QuantizeHow how;
     how.transpose = transpose; how.tile16 = tile16; how.stochastic = stochastic; how.hadamard = hadamard; how.signs = kFixedSigns;
     const double elements = (double)rows * cols;
-    if (amax_known) { quantize_nvfp4(out, x, how, s.tiles); how.amax_known = true; }
+    if (amax_known) { quantize_nvfp4(out, x, how, tiles); how.amax_known = true; }
     const std::string full = std::string("NVFP4 ") + name + (amax_known ? ", amax known" : packed ? ", packed" : ", values");
-    row(full.c_str(), elements * (X + (packed ? 0.5625 : X)), [&] { quantize_nvfp4(out, x, how, s.tiles); });
+    row(full.c_str(), elements * (X + (packed ? 0.5625 : X)), [&] { quantize_nvfp4(out, x, how, tiles); });
   };
   for (int form : {0, 1, 2}) {                              // values with and without the pass that finds amax; packed
     const bool packed = form == 2, known = form == 1;

@@ -79,7 +79,6 @@ __host__ __device__ inline float tensor_scale_decode(const OperandRecipe& how, f
 __device__ inline float alpha_of(const float* amax_a, const OperandRecipe& a, const float* amax_b, const OperandRecipe& b) {
   return (amax_a ? tensor_scale_decode(a, *amax_a) : 1.0f) * (amax_b ? tensor_scale_decode(b, *amax_b) : 1.0f);
 }
-__host__ __device__ inline float tensor_scale_decode(float amax) { return amax / (kE4M3Max * kE2M1Max); }       // of plain NVFP4
 
 // ------------------------------------------------------------------ dequantization: what a packed operand stands for
 // The FP32 scale of the whole tensor, if its scale is one.
