@@ -821,7 +821,7 @@ amax_both_kernel(unsigned* row_amax, unsigned* column_amax, Matrix<bf16> x, Bloc
       most = max(most, rotated_amax_bits(v, signs));
     }
   });
-  plain = max(plain << 16 & 0x7fff0000u, plain & 0x7fff0000u);
+  plain = pair_amax_bits(plain);
   if (!kOnCpu && plain > 0x7f800000u) plain = 0x7fffffffu;      // a GPU's NaN, as a float
   using S = Share<16, true>;
   most = max_down<S>(max_along<S>(most));
