@@ -303,7 +303,7 @@ inline void test_nibbles() {
       }
   words.report("eight E2M1 codes in a word: every code in every place");
 }
-// All mantissas, in three binades: where the divisor is a power of two more or less, nothing else happens.
+// All mantissas of one binade for each divisor: in the others nothing else happens. Of the first divisor also some at the ends of the range.
 inline void test_quotients() {
   std::vector<float> divisors = {6, kEdenStep};
   for (ScaleRule rule : {ScaleRule::standard, ScaleRule::ceil, ScaleRule::headroom, ScaleRule::four_six}) divisors.push_back(nvfp4_range(rule) / 6);

@@ -12,7 +12,7 @@ struct Operand4 {
   uint8_t* codes = nullptr;         // FP4: [rows, ld/2], two a byte, even element in the low nibble; FP8: [rows, ld]
   uint8_t* scales = nullptr;        // nvfp4: E4M3, one for 16 columns; mxfp4, mxfp8: E8M0, one for 32; in the 128x4 layout (formats.cuh)
   floatX* values = nullptr;         // [rows, ld]
-  float* amax = nullptr;            // device scalar: max|x| after rotation. Not written for mxfp4, mxfp8, exact
+  float* amax = nullptr;            // device scalar: max|x| after rotation. Not written for outer 1x128, mxfp4, mxfp8, exact
   float* outer = nullptr;           // outer 1x128: [rows, ceil(cols/128)]; fp4_vector: [rows]. What a code and its block scale are multiplied by
   uint32_t* mask = nullptr;         // [rows, ld/32]: bit c%32 of word c/32 set where |x / 2^e| < 6, that is, where mxfp4 did not clip
 };
@@ -32,7 +32,7 @@ struct QuantizeHow {
   bool transpose = false;           // quantize x^T
   uint64_t sign_bits[2] = {0, 0};   // of the rotation: bit i set negates input i
   RandomKey key = {};               // of the stochastic rounding
-  bool amax_known = false;          // out.amax holds it already: amax_of_both()
+  bool amax_known = false;          // out.amax holds it already: amax_of_both(), or W's from the forward pass (linear.cuh)
   bool amax_is_zero = false;        // out.amax holds 0, so that the search for the maximum need not begin with a fill
   GemmAlpha alpha = {};             // to be written as well
   // the same in the older words of quantize_nvfp4()

@@ -6,7 +6,7 @@
 // Keys    The two operands of one GEMM, the row and the column copy of one tensor, two steps: none may share a stream, or
 //         rounding errors correlate and no longer average out. A RandomKey names (seed, step, stream); `stream` is built from
 //         layer, GEMM and operand (linear.cuh). The seed is the Philox key; step and stream are half of the counter; the index
-//         of a block of 16 elements is the other half.
+//         of a block of 16 elements is the other half (of MS-EDEN's scales: eden_draw()).
 // Cost    20 wide multiplications for 16 bytes: one call serves a whole block of 16 elements with 8 bits each.
 #pragma once
 #include "simd.cuh"

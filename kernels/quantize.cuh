@@ -20,7 +20,7 @@
 //         Blocks 16x16: one amax for a tile, its byte repeated for its 16 rows, so that W and W^T hold the same codes and scales.
 //         Outer 1x128 (TetraJet-v2): os = amax128/448/6; s = amax16/os/6; byte = e4m3(s), 2^-9 where that is 0; code = e2m1(x / (os*float(byte))).
 //         MS-EDEN (Quartet II): t = amax/255.99/s, s = 6/((17/16)*.93); byte = e4m3(amax16/s/t), 1.0 where that is 0; v = x/(byte*t);
-//         code = e2m1(v) to nearest; S = sum(v*v)/sum(v*code); byte = e4m3_sr(byte * S). The 256 leaves headroom for S > 1.
+//         code = e2m1(v) to nearest; S = sum(v*v)/sum(v*code), by multiply-adds; byte = e4m3_sr(byte * S). The 256 leaves headroom for S > 1.
 // mxfp4   x[32] -> 32 E2M1 codes + one E8M0 byte e:  code = e2m1(x / 2^e), value = code * 2^e. No scale of the tensor, but range34 rounds
 //         3x / 2^e and leaves the factor 1/3 to alpha.
 // mxfp8   the same with E4M3 codes and e = ceil(log2(amax/448)).
@@ -368,6 +368,7 @@ struct Divisor {
     return fmaf(fmaf(q, d, -v), -nearest, q);
   }
 };
+// Infinities have an infinite d. Quotients below 2^-126 may be off by their last place: far below the grid, they become 0 all the same.
 template <int kN> __device__ __forceinline__ void divide_block(float (&v)[kN], float d) {
   if (!kOnCpu && d > 0x1p-80f && d < 0x1p80f) {
     const Divisor by(d);
