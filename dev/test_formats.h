@@ -321,8 +321,7 @@ inline void test_quotients() {
         "%d divisors, 2^23 mantissas each: %ld wrong, and %d at the ends of the range", (int)divisors.size(), wrong, ends);
 }
 
-// Random pairs; divisors at the ends of their mantissas, all of them beside each other; quotients next to the middle between two floats, which are the
-// ones that a wrong last place shows in; zeros of both signs; the ends of the range.
+// Random pairs, divisors at the ends of their mantissas among them; the hard quotients; zeros of both signs.
 inline void test_divisors() {
   Mismatches random, hard, zeros;
   Rng rng(23);
@@ -336,10 +335,18 @@ inline void test_divisors() {
     const float d = bits_float((uint32_t)(127 - 79 + rng.below(158)) << 23 | at);
     add(random, bits_float((uint32_t)(127 - 20 + rng.below(40)) << 23 | mantissa()) * (i % 2 ? d : 1.0f), d);
   }
-  for (int i = 0; i < 4000000; i++) {                          // v nearest to d (q + half a unit of its last place)
-    const float d = bits_float(127u << 23 | mantissa()), q = bits_float(127u << 23 | mantissa());
-    const float v = (float)((double)d * ((double)q + 0x1p-24));
-    for (int ulp = -1; ulp <= 1; ulp++) add(hard, bits_float(float_bits(v) + ulp), d);
+  // The quotients nearest to the middle of two floats: of integers v and d below 2^24, with 2^24 v = d m + e, m odd (2^25 for quotients below 1): v is e
+  // over a power of two, modulo d. Without its correction the first quotient is wrong here.
+  for (int i = 0; i < 1000000; i++) {
+    const int64_t d = 1 << 23 | mantissa() | 1;
+    for (int digits : {24, 25}) {
+      int64_t power = 1;                                       // 2^-digits modulo d
+      for (int k = 0; k < digits; k++) power = power % 2 ? (power + d) / 2 : power / 2;
+      for (int e : {-3, -1, 1, 3}) {
+        const int64_t rest = (e * power % d + d) % d, v = digits == 24 ? rest + d : rest;
+        if (v < 1 << 24 && 2 * v > d) add(hard, (float)v, (float)d);
+      }
+    }
   }
   for (float d : {1.0f, 3.0f, 0.7f, 0x1.fffffep79f, 0x1.000002p-80f}) for (float v : {0.0f, -0.0f}) add(zeros, v, d);
   random.report("division by two parts of a reciprocal: the correctly rounded quotient");

@@ -52,15 +52,11 @@ __host__ __device__ __forceinline__ uint4 philox4x32(uint4 counter, const RoundK
 }
 __host__ __device__ inline uint4 philox4x32(uint4 counter, uint2 key) { return philox4x32(counter, round_keys((uint64_t)key.y << 32 | key.x)); }
 
-// The 16 random bytes of block `index` of the stream: byte j%4 of word j/4 belongs to element j.
-__host__ __device__ inline uint4 random_block(RandomKey key, uint64_t index) {
-  return philox4x32(make_uint4((uint32_t)index, (uint32_t)(index >> 32), key.step, key.stream),
-                    make_uint2((uint32_t)key.seed, (uint32_t)(key.seed >> 32)));
-}
-// The same with the seed's round keys at hand.
+// The 16 random bytes of block `index` of the stream: byte j%4 of word j/4 belongs to element j. rounds: those of the key's seed, if they are at hand.
 __host__ __device__ __forceinline__ uint4 random_block(RandomKey key, const RoundKeys& rounds, uint64_t index) {
   return philox4x32(make_uint4((uint32_t)index, (uint32_t)(index >> 32), key.step, key.stream), rounds);
 }
+__host__ __device__ inline uint4 random_block(RandomKey key, uint64_t index) { return random_block(key, round_keys(key.seed), index); }
 #ifdef CPU_BUILD
 // r[i] = random_block(key, first + i) of eight blocks at once: one at a time, each round waits for the multiplications of the last.
 inline void random_blocks8(uint4 (&r)[8], RandomKey key, uint64_t first) {
