@@ -675,11 +675,26 @@ void norm_forward(const Model& m, floatX* out, float* mean, float* rstd, const f
 // Random streams: four linear layers a block.
 LinearKey linear_key(const Model& m, uint32_t micro_step, int layer, int which) { return {m.seed, micro_step, (uint32_t)(layer * 4 + which)}; }
 
+// max|W| of every linear layer that is going to ask for it.
+void find_weight_maxima(Model& m) {
+  std::vector<const floatX*> weights;
+  std::vector<size_t> elements;
+  for (int l = 0; l < m.config.layers; l++) {
+    const Recipe& r = m.block_recipe(l);
+    for (int i = 0; i < 4 && (takes_plain_max(r.fprop.w) || takes_plain_max(r.dgrad.w)); i++) {
+      weights.push_back(m.layers[l].linear(i).work);
+      elements.push_back((size_t)layer_shapes(m)[i].K * layer_shapes(m)[i].N);
+    }
+  }
+  find_weight_maxima(m.scalars, weights, elements);
+}
+
 // Tokens (B,S) -> m.final (T,C), the input of the lm_head. micro_step names the random numbers of recipes that round stochastically.
 void forward(Model& m, int B, int S, uint32_t micro_step) {
   const ModelConfig& c = m.config;
   const int T = B * S, C = c.channels, H = c.heads, G = c.kv_heads, D = c.head_dim, F = c.ffn;
   m.scalars.start();
+  find_weight_maxima(m);
   embedding_forward(m.embedded, m.tokens, m.wte.work, c.llama ? nullptr : m.wpe.work, B, S, C);
   const floatX* x = m.embedded;                                                                          // (T,C) the residual stream
   for (int l = 0; l < c.layers; l++) {

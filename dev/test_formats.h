@@ -101,7 +101,14 @@ __host__ __device__ inline uint32_t format_function(int which, float x, float u)
     case kE2m1EncodeByte: {                                  // the byte in each of its four places, among others
       const uint32_t byte = 255 - (uint32_t)(u * 256);
       int code[4];
-      for (int at = 0; at < 4; at++) code[at] = e2m1_sign(x) | e2m1_index(e2m1_round_byte(fabsf(x), (0x5aa5c33cu & ~(0xffu << 8 * at)) | byte << 8 * at, at));
+      for (int at = 0; at < 4; at++) {
+        const uint32_t bytes = (0x5aa5c33cu & ~(0xffu << 8 * at)) | byte << 8 * at;
+        const float a = x != x ? 6.0f : fminf(fabsf(x), 0x1p126f);
+        code[at] = e2m1_sign(x) | min((int)(e2m1_lifted_sr(a, e2m1_byte_part(bytes, at, 0x7fff), 4) >> 24), 7);
+#ifdef CPU_BUILD
+        if (code[at] != (e2m1_sign(x) | e2m1_index(e2m1_round_byte(fabsf(x), bytes, at)))) code[at] = 98;
+#endif
+      }
       return (uint32_t)(code[0] == code[1] && code[0] == code[2] && code[0] == code[3] ? code[0] : 99);
     }
     case kE4m3Encode: return e4m3_encode(x);
@@ -302,6 +309,10 @@ inline void test_nibbles() {
         words.add(e2m1_nibbles(half[0], half[1]) == expected, "code", code, e2m1_nibbles(half[0], half[1]), expected);
       }
   words.report("eight E2M1 codes in a word: every code in every place");
+  Mismatches bytes;
+  for (int c = 0; c < 128; c++) bytes.add(e4m3_code(e4m3_decode((uint8_t)c)) == c, "code", c, e4m3_code(e4m3_decode((uint8_t)c)), c);
+  bytes.add(e4m3_code(bits_float(0x7fc00000u)) == 0x7f, "NaN", 0, e4m3_code(bits_float(0x7fc00000u)), 0x7f);
+  bytes.report("E4M3: the code of each value that is one");
 }
 // All mantissas of one binade for each divisor: in the others nothing else happens. Of the first divisor also some at the ends of the range.
 inline void test_quotients() {
@@ -349,7 +360,7 @@ inline void test_divisors() {
     }
   }
   for (float d : {1.0f, 3.0f, 0.7f, 0x1.fffffep79f, 0x1.000002p-80f}) for (float v : {0.0f, -0.0f}) add(zeros, v, d);
-  random.report("division by two parts of a reciprocal: the correctly rounded quotient");
+  random.report("division by a reciprocal and one correction: the correctly rounded quotient");
   hard.report("of quotients next to the middle of two floats");
   zeros.report("of zeros, which keep their sign");
 }

@@ -173,11 +173,12 @@ inline bool has_non_finite(const OperandBytes& b) {
 // ------------------------------------------------------------------------------------------------------------------------------
 // Formats: the new conversions
 
-enum RecipeFormatFunction { kE4m3Up, kE4m3Sr, kE5m2Encode, kE5m2Decode, kE8m0Nearest };
+enum RecipeFormatFunction { kE4m3Up, kE4m3Sr, kE4m3EdenSr, kE5m2Encode, kE5m2Decode, kE8m0Nearest };
 __host__ __device__ inline uint32_t recipe_format_function(int which, float x, float u) {
   switch (which) {
     case kE4m3Up: return e4m3_encode_ceil(x);
     case kE4m3Sr: return e4m3_encode_sr(x, u);
+    case kE4m3EdenSr: return e4m3_encode(eden_scale(x, 0xabcd0000u | (uint32_t)(u * 65536)));
     case kE5m2Encode: return e5m2_encode(x);
     case kE8m0Nearest: return e8m0_encode_nearest(x);
   }
@@ -244,6 +245,7 @@ inline void test_recipe_conversions() {
   for (float special : {448.f, 449.f, 1e30f, INFINITY, NAN}) { pairs.push_back(special); u.push_back(1 / 131072.f); }
   check_recipe_format("E4M3 stochastic: hi where u < (x-lo)/(hi-lo), for all pairs of neighbours", kE4m3Sr, pairs, u,
       [](float x, float r) { return e4m3_sr(x, r); });
+  check_recipe_format("E4M3 stochastic, as MS-EDEN rounds its scales: the same", kE4m3EdenSr, pairs, u, [](float x, float r) { return e4m3_sr(x, r); });
   // Over all 65536 random numbers the mean is exact up to the half step of u.
   double worst = 0;
   for (int i = 0; i < 126; i++) {
@@ -670,6 +672,30 @@ inline void test_alpha_and_amax() {
     Scalars s = {memory, 2};
     for (int i = 0; i < 3; i++) s.take();
   });
+  // max|x| of many arrays, more than one launch takes: of every small size, not aligned, with NaN and infinities.
+  Mismatches maxima;
+  std::vector<double> all = widen(as_stored<floatX>(quantizer_data(kHeavyTail, 1, 20000, 187)));
+  for (auto& [at, v] : {std::pair(700, NAN), std::pair(1500, -INFINITY), std::pair(2500, -NAN), std::pair(2501, INFINITY)}) all[at] = v;
+  TestArray<floatX> arrays(narrow<floatX>(all));
+  std::vector<const floatX*> where;
+  std::vector<size_t> sizes;
+  for (int i = 0; i < 150; i++) {
+    where.push_back(arrays.p + 131 * i);
+    sizes.push_back(i == 60 ? 9000 : (size_t)i);
+  }
+  TestArray<float> most(std::vector<float>(where.size(), 0.f));
+  amax_of_arrays(most.p, where.data(), sizes.data(), (int)where.size());
+  const std::vector<float> found = most.host();
+  for (size_t i = 0; i < where.size(); i++) {
+    double want = 0;
+    for (size_t j = 0; j < sizes[i]; j++) {
+      const double a = std::fabs(all[131 * i + j]);
+      want = want != want || a != a ? NAN : std::max(want, a);
+    }
+    maxima.add(found[i] == want || (found[i] != found[i] && want != want), "array", (double)i, found[i], want);
+  }
+  maxima.add(most.guard_intact(), "guard", 0, 0, 1);
+  maxima.report("max|x| of 150 arrays at once");
   check("scalars run out with a message", r.exit_code == 1 && r.output.find("all 2 are taken") != std::string::npos, "exit %d", r.exit_code);
 }
 
@@ -1060,6 +1086,7 @@ inline LayerRun run_layer(const Recipe& recipe, const LayerData& d, LinearKey ke
     if (!now) continue;
     X.set(load(now->X)); W.set(load(now->W)); dY.set(load(now->dY)); dW.set(before);
     scalars.start();
+    if (earlier && (takes_plain_max(recipe.fprop.w) || takes_plain_max(recipe.dgrad.w))) find_weight_maxima(scalars, {W.p}, {(size_t)N * K});
     linear_forward(Y.p, X.p, W.p, T, K, N, recipe, key, scratch, &saved);
     if (!x_kept) X.set(std::vector<floatX>(X.n, from_float<floatX>(NAN)));          // what need not be kept must not be read
     linear_backward(dX.p, dW.p, dY.p, X.p, W.p, T, K, N, recipe, key, scratch, &saved);

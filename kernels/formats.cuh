@@ -49,8 +49,7 @@ __device__ __forceinline__ float e2m1_binade_value(float a) { return fmaxf(bits_
 #endif
 // |v| = a to the nearest grid value; a tie goes to the even index: adding 2^22 powers of two leaves no bits below a step. A GPU does half as many
 // integer operations, minima and maxima in the same time as multiply-adds: there the power of two is a float, and two multiply-adds do the rest.
-__host__ __device__ __forceinline__ float e2m1_round(float a) {
-  a = e2m1_saturate(a);
+__host__ __device__ __forceinline__ float e2m1_round_below7(float a) {
 #ifdef __CUDA_ARCH__
   const float binade = e2m1_binade_value(a);
   return fmaf(binade, -0x1p22f, fmaf(binade, 0x1p22f, a));
@@ -59,6 +58,7 @@ __host__ __device__ __forceinline__ float e2m1_round(float a) {
   return (a + magic) - magic;
 #endif
 }
+__host__ __device__ __forceinline__ float e2m1_round(float a) { return e2m1_round_below7(e2m1_saturate(a)); }
 // Stochastically, with u in [0, 1): up with probability (a - lo) / step. lo: the step's bits of a, found below the first bit of a + 2 binades; bits
 // that could round that sum up are cut off first. Nothing here is rounded.
 __host__ __device__ __forceinline__ float e2m1_round_sr(float a, float u) {
@@ -70,26 +70,37 @@ __host__ __device__ __forceinline__ float e2m1_round_sr(float a, float u) {
 }
 // The middle of the r-th of 256 intervals of [0, 1): (2r + 1) / 512.
 __host__ __device__ __forceinline__ float byte_uniform(uint32_t r) { return bits_float(0x3f804000u | r << 15) - 1.0f; }
+#ifdef CPU_BUILD
 // x >= 0 up to the next integer, plus 1.5 * 2^23: the integer stands in the last bits of the sum.
 inline float ceil_plus_magic(float x) { return ceilf(x) + 12582912.0f; }
-// e2m1_round_sr(a, byte_uniform(r)) in fewer operations, which is what bounds the quantizers on a GPU; 255 - r is byte `which` of `complements`.
-// On a GPU: up where (a - lo) / step > (2r + 1) / 512, that is, where a + step * (2 (255 - r) + 1) / 512 lies above the next grid value: that sum,
-// rounded up to the grid, less a step. Both sums are rounded up, so that the least excess counts: multiply-adds only.
-// On a CPU: in units of step/512 a value is n = ceil(512 a/step), and it goes up where adding 510 - 2r to the part of n below 512 carries.
-__host__ __device__ __forceinline__ float e2m1_round_byte(float a, uint32_t complements, int which) {
+// e2m1_round_sr(a, byte_uniform(r)) for a CPU; 255 - r is byte `which` of `complements`. In units of step/512 a value is n = ceil(512 a/step), and it goes
+// up where adding 510 - 2r to the part of n below 512 carries.
+__forceinline__ float e2m1_round_byte(float a, uint32_t complements, int which) {
   a = e2m1_saturate(a);
-#ifdef __CUDA_ARCH__
-  const float binade = e2m1_binade_value(a);                                            // a step is half of it
-  // (byte + 1/2) / 512: the first and the last byte by a conversion, the others as the last bits of 2^23
-  const float part = which % 3 == 0 ? fmaf((float)(complements >> 8 * which & 0xff), 0x1p-9f, 0x1p-10f)
-                                    : fmaf(bits_float(__byte_perm(complements, 0x4b000000u, 0x7540 + which)), 0x1p-9f, 0x1p-10f - 0x1p14f);
-  const float sum = __fmaf_ru(part, binade, a);
-  return fmaf(binade, -(0x1.8p22f + 0.5f), __fmaf_ru(binade, 0x1.8p22f, sum));
-#else
   const uint32_t binade = e2m1_binade(a);
   const float n = ceil_plus_magic(a * bits_float((264u << 23) - binade));                 // 1024 / binade
   const float down = bits_float((float_bits(n) + 2 * (complements >> 8 * which & 0xff)) & ~511u);
   return (down - 12582912.0f) * bits_float(binade - (10u << 23));
+}
+#endif
+// The same for a GPU, where operations are what bounds the quantizers: its index, of 0 <= a < 2^127, as the upper byte; below it is what is left over.
+// A value too large has an index above 7. The bits of a * 2^-126, be it denormal, are its place on the grid (compare e2m1_magnitude()), in units of
+// 2^-22 steps; rounded up, so that the least excess counts. It goes up where the byte, and a half less a unit, in units of 2^-8 steps carry into it.
+// All that four times as large. part: e2m1_byte_part(); four: 4.
+__host__ __device__ __forceinline__ uint32_t e2m1_lifted_sr(float a, uint32_t part, uint32_t four) {
+#ifdef __CUDA_ARCH__
+  return float_bits(__fmul_ru(a, 0x1p-126f)) * four + part;
+#else
+  const uint32_t place = a < 1 ? (uint32_t)ceil((double)a * 0x1p23) : float_bits(a) - (126u << 23);
+  return place * four + part;
+#endif
+}
+// filler: 0x7fff
+__host__ __device__ __forceinline__ uint32_t e2m1_byte_part(uint32_t complements, int which, uint32_t filler) {
+#ifdef __CUDA_ARCH__
+  return __byte_perm(complements, filler, 0x6054 + (which << 8));
+#else
+  return (complements >> 8 * which & 0xff) << 16 | filler;
 #endif
 }
 __host__ __device__ __forceinline__ int e2m1_index_rn(float a) { return e2m1_index(e2m1_round(a)); }
@@ -141,6 +152,12 @@ __host__ __device__ inline float e4m3_decode(uint8_t byte) {
 // Round to nearest even, saturating at 448.
 __host__ __device__ inline uint8_t e4m3_encode(float v) { return fp8_encode<3, 7>(v, 0x7e); }
 
+// The code of a float that is a nonnegative E4M3 value already, or a NaN.
+__host__ __device__ __forceinline__ uint8_t e4m3_code(float value) {
+  const uint32_t bits = float_bits(value);
+  if (bits < 0x3c800000u) return (uint8_t)(value * 512.0f);                                   // below 2^-6: steps of 2^-9
+  return (uint8_t)min((bits >> 20) - (120u << 3), 0x7fu);
+}
 // v rounded to E4M3, as a float: what e4m3_decode(e4m3_encode(v)) gives, without a code in between.
 __host__ __device__ __forceinline__ float fp8_round_positive(float v, float most, uint32_t smallest_binade, uint32_t mantissa_bits) {
   const float a = v > most ? most : v;                                        // a NaN stays
@@ -224,7 +241,7 @@ __host__ __device__ inline uint8_t e8m0_encode_ceil(float v) {
 // so the four scales of one row and 64 consecutive elements are one aligned 32-bit word, and rows r, r+32, r+64, r+96 share
 // 16 bytes. Rows and blocks beyond the matrix are zero: they are read by the hardware.
 // Source: cuBLAS documentation, "1D block scaling factors layout"; CUTLASS Sm1xxBlockScaledConfig.
-__host__ __device__ inline size_t scale_offset(int row, int block, int blocks) {
+__host__ __device__ inline size_t scale_offset(unsigned row, unsigned block, unsigned blocks) {
   return ((size_t)(row / 128) * ((blocks + 3) / 4) + block / 4) * 512 + row % 32 * 16 + row % 128 / 32 * 4 + block % 4;
 }
 // Bytes of the scale buffer of an operand [rows, cols] with one scale for 16 columns.

@@ -42,16 +42,33 @@ inline SignBits rotation_signs(const OperandRecipe& how, OperandIndex first, Lin
 // Device scalars, all set to 0 by one fill before a forward pass. Every search for a maximum takes one, and so does every alpha; nobody gives his back
 // before the next forward pass, so that what is saved for the backward pass keeps its own.
 struct Scalars {
-  static constexpr int kLayer = 32;         // for the two passes of a linear layer, which take up to 22 (OutControl, Q-EMA, --keep values)
+  static constexpr int kLayer = 32;         // for the two passes of a linear layer, which take up to 23 (OutControl, Q-EMA, --keep values)
   float* all = nullptr;
   int size = 0, taken = 0;
-  unsigned starts = 0;                      // forward passes so far
-  void start() { device_zero(all, size); taken = 0; starts++; }
-  float* take() {
-    if (taken == size) die("Scalars: all %d are taken; start() comes before a forward pass", size);
-    return all + taken++;
+  std::map<const floatX*, std::pair<size_t, float*>> weights = {};              // their sizes and maxima, if these are known
+  void start() { device_zero(all, size); taken = 0; weights.clear(); }
+  float* take(int n = 1) {
+    if (taken + n > size) die("Scalars: all %d are taken; start() comes before a forward pass", size);
+    taken += n;
+    return all + taken - n;
+  }
+  // max|W|, or null
+  float* weight_max(const floatX* W, size_t elements) const {
+    const auto known = weights.find(W);
+    return known != weights.end() && known->second.first == elements ? known->second.second : nullptr;
   }
 };
+// Finds the maxima of weights that stay as they are until the next start().
+inline void find_weight_maxima(Scalars& s, const std::vector<const floatX*>& W, const std::vector<size_t>& elements) {
+  if (W.empty()) return;
+  float* const amax = s.take((int)W.size());
+  amax_of_arrays(amax, W.data(), elements.data(), (int)W.size());
+  for (size_t i = 0; i < W.size(); i++) s.weights[W[i]] = {elements[i], amax + i};
+}
+// Does an operand made from a tensor take max|x| as it is?
+inline bool takes_plain_max(const OperandRecipe& o) {
+  return needs_amax(o) && o.format != Format::fp4_vector && !o.rht && o.source == Source::original;
+}
 // Scratch for the two quantized operands of the GEMM in flight.
 struct LinearScratch {
   floatX* values[3] = {};                   // linear_scratch_elements(...) elements; the third linear_third_elements(...), or null
@@ -102,18 +119,7 @@ struct LinearSaved {
   Operand4 x, w;                            // of fprop, for double quantization
   Operand4 xt;                              // wgrad's X^T; not there: the backward pass quantizes it from X
   bool again = false;                       // --keep values: the backward pass fills x and w, from X and W. (Then all layers may share the memory.)
-  // max|W| as the forward pass found it, which need not be searched for W^T: of which weights, in which forward pass.
-  struct { const floatX* of = nullptr; size_t elements = 0; unsigned pass = 0; float* amax = nullptr; } w_max;
 };
-// Do W and W^T have one scale of the tensor, for the same values?
-inline bool one_w_max(const Recipe& r) {
-  return share_amax(r.fprop.w, r.dgrad.w) && !r.fprop.w.rht && !r.dgrad.w.rht && r.dgrad.w.source == Source::original;
-}
-inline float* known_w_max(const LinearSaved* saved, const floatX* W, size_t elements, const Recipe& r, const LinearScratch& s) {
-  if (!saved || !one_w_max(r)) return nullptr;
-  const auto& m = saved->w_max;
-  return m.of == W && m.elements == elements && m.pass == s.scalars->starts ? m.amax : nullptr;
-}
 enum class Keep { codes, values };          // how X waits for the backward pass
 inline bool from_forward_pass(const OperandRecipe& o) { return o.format != Format::bf16 && o.source == Source::forward; }
 inline bool uses_dge(const Recipe& r) {
@@ -307,8 +313,8 @@ inline void linear_forward(floatX* Y, const floatX* X, const floatX* W, int T, i
   const ReadyOperand x = both ? prepare_both(r.fprop.x, x_place, r.wgrad.x, xt_place(key), X, T, K, s, &saved->xt)
                               : prepare_operand(r.fprop.x, x_place, X, T, K, false, s, saved && saves_x(r) ? &saved->x : nullptr,
                                                 rows_known ? s.scalars->take() : nullptr);
-  const ReadyOperand w = prepare_operand(r.fprop.w, {kFpropW, kFpropX, key, way, &x}, W, N, K, false, s, saved && saves_w(r) ? &saved->w : nullptr);
-  if (saved && one_w_max(r)) saved->w_max = {W, (size_t)N * K, s.scalars->starts, (float*)w.amax};
+  const ReadyOperand w = prepare_operand(r.fprop.w, {kFpropW, kFpropX, key, way, &x}, W, N, K, false, s, saved && saves_w(r) ? &saved->w : nullptr,
+                                         takes_plain_max(r.fprop.w) ? s.scalars->weight_max(W, (size_t)N * K) : nullptr);
   Gemm g;
   g.M = T; g.N = N; g.K = K; g.D = Y; g.ldd = N;
   g.bias = add.bias; g.C = add.residual; g.accumulate = add.residual != nullptr; g.gelu_input = add.gelu_input;
@@ -334,7 +340,8 @@ inline void linear_dgrad(floatX* dX, const floatX* dY, const floatX* W, int T, i
   const ReadyOperand dy = ready ? *ready : prepare_operand(r.dgrad.dy, {kDgradDy, kDgradDy, key, way}, dY, T, N, false, s, nullptr, dy_amax);
   const OperandPlace place = {kDgradW, kDgradDy, key, way, &dy};
   const ReadyOperand w = doubled ? prepare_forward_operand(r.dgrad.w, place, saved->w, r.fprop.w, s)
-                                 : prepare_operand(r.dgrad.w, place, W, N, K, true, s, nullptr, known_w_max(saved, W, (size_t)N * K, r, s));
+                                 : prepare_operand(r.dgrad.w, place, W, N, K, true, s, nullptr,
+                                                   takes_plain_max(r.dgrad.w) ? s.scalars->weight_max(W, (size_t)N * K) : nullptr);
   const int rht = doubled ? r.fprop.w.rht : 0, width = rotated_cols(K, rht);
   Gemm g;
   g.M = T; g.N = width; g.K = N; g.D = dX; g.ldd = width;

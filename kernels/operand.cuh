@@ -58,11 +58,11 @@ constexpr float kEdenRange = 255.99f, kEdenStep = (float)(6 / ((17.0 / 16) * 0.9
 __host__ __device__ inline float nvfp4_range(ScaleRule rule) {
   return rule == ScaleRule::four_six ? 256 * kE2M1Max : rule == ScaleRule::headroom ? kE4M3Max * (kE2M1Max * 16 / 17) : kE4M3Max * kE2M1Max;
 }
-struct TensorScale { float encode, decode; };      // S_enc and 1 / S_enc
+struct TensorScale { float encode, decode, reciprocal; };      // S_enc and 1 / S_enc; of MS-EDEN t and 1 / t, the last two
 __host__ __device__ inline TensorScale tensor_scale(float amax, float range = kE4M3Max * kE2M1Max) {
   float s = fminf(range / amax, FLT_MAX);
   if (amax == 0 || amax == INFINITY) s = 1;
-  return {s, 1.0f / s};
+  return {s, 1.0f / s, 0};
 }
 __host__ __device__ inline float eden_tensor_scale(float amax) {
   const float t = amax / kEdenRange / kEdenStep;

@@ -307,6 +307,14 @@ __device__ __forceinline__ uint32_t in_register(uint32_t x) {
 #endif
   return x;
 }
+// The same; and what is made of it stays behind the branch where this stands: a compiler likes to compute little things before it knows whether they
+// are wanted.
+__device__ __forceinline__ uint32_t behind_branch(uint32_t x) {
+#ifndef CPU_BUILD
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
 // Two products of bf16, each rounded to nearest even: the lower halves' and the upper halves'.
 __device__ __forceinline__ uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
 #ifndef CPU_BUILD
@@ -333,6 +341,29 @@ __device__ __forceinline__ uint32_t max_abs_bf16x2(uint32_t m, uint32_t x) {
   return max(m & 0x7fffu, x & 0x7fffu) | max(m & 0x7fff0000u, x & 0x7fff0000u);
 #endif
 }
+#ifndef CPU_BUILD
+// The upper bytes of two words, each extended by its sign to half of a word.
+__device__ __forceinline__ uint32_t upper_bytes(uint32_t low, uint32_t high) {
+  uint32_t r;
+  asm("prmt.b32 %0, %1, %2, 0xf7b3;" : "=r"(r) : "r"(low), "r"(high));
+  return r;
+}
+// Four of the eight bytes of two words, by 4 bits each of `which`, all below 8.
+__device__ __forceinline__ uint32_t pick_bytes(uint32_t low, uint32_t high, uint32_t which) {
+  uint32_t r;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(low), "r"(high), "r"(which));
+  return r;
+}
+// The smaller one of each of two unsigned halves.
+__device__ __forceinline__ uint32_t min_u16x2(uint32_t a, uint32_t b) {
+#if __CUDA_ARCH__ >= 900
+  asm("min.u16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
+  return a;
+#else
+  return min(a & 0xffffu, b & 0xffffu) | min(a & 0xffff0000u, b & 0xffff0000u);
+#endif
+}
+#endif
 // Two floats rounded to bf16 (to nearest even) in one register, the first in the lower half.
 __device__ inline uint32_t pack_bf16(float first, float second) {
 #ifndef CPU_BUILD

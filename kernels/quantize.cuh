@@ -35,8 +35,8 @@
 // Cost    amax: reads x once, for both copies of a tensor where the rows are not rotated, or both copies by 128 (amax_of_both()). Codes: reads x
 //         once, for both copies where one kernel makes them (quantize_both()), writes 2 bytes a value (values) or 0.56 (packed). A GPU's memory and
 //         the issue of instructions take about as long, so instructions are what counts. Executed for a value of the row copy (Nsight Compute),
-//         before the last round and near its end: RN 17, 16; SR 25, 23; outer 1x128 RN 30, 25, with SR and RHT16 45, 37; MS-EDEN with RHT128 42 at the
-//         end. In the searches for the maximum, a value and copy, by count in SASS: RHT16 and the plain maximum beside it 14, 6; RHT128 14, 10, of
+//         in three rounds of this: RN 17, 16, 17; SR 25, 23, 19; outer 1x128 RN 30, 25, 22, with SR and RHT16 45, 37, 31; MS-EDEN with RHT128 -, 42,
+//         38. In the searches for the maximum, a value and copy, by count in SASS: RHT16 and the plain maximum beside it 14, 6; RHT128 14, 10, of
 //         which shuffles 3 and 1; RHT128 from a packed operand 26, 15.
 //         Percent of the speed of a copy of the same bytes, values of 32768 x 3072, amax included / known (H100). The first chapter is
 //         dev/quantize_simple.cuh.
@@ -47,24 +47,30 @@
 //             fetched ahead; SR by one directed addition       57 / 83    52 / 73     52 / 74           43 / 59
 //             recipe known to the compiler; multiply-adds      65 / 99    63 / 93     56 / 83           55 / 82
 //         What changed since (H200, 65536 x 3072, ms, amax known; a copy takes .196; before the stroke values, behind it packed):
-//                                        recipe known     fewer instructions
-//             rows      RN                .214 / .226        .201 / .166
-//                       SR                .233 / .294        .221 / .223
-//                       4/6               .260 / .336        .261 / .288
-//                       1x128             .252 / .320        .210 / .215
-//                       1x128 SR RHT16    .345 / .423        .272 / .304
-//                       MS-EDEN RHT128    .379 / .462        .311 / .343
-//             columns   SR RHT16          .294 / .371        .276 / .308
-//                       1x128 SR RHT16    .403 / .491        .341 / .376
-//                       MS-EDEN RHT128    .447 / .539        .362 / .400
-//             both copies   dY SR, SR RHT16; X RN, RN RHT16 packed      .487; .428     .430; .350
-//             both maxima   plain and RHT16; RHT128 twice (to read takes .098)     .155; .294     .108; .178
-//             from packed   columns MS-EDEN, its maximum                .497; .237     .397; .180
+//                                        recipe known     fewer instructions     SR and scales by their bits
+//             rows      RN                .214 / .226        .201 / .166            .202 / .155
+//                       SR                .233 / .294        .221 / .223            .207 / .173
+//                       4/6               .260 / .336        .261 / .288            .255 / .269
+//                       1x128             .252 / .320        .210 / .215            .211 / .193
+//                       1x128 SR RHT16    .345 / .423        .272 / .304            .248 / .249
+//                       MS-EDEN RHT128    .379 / .462        .311 / .343            .294 / .307
+//             columns   SR RHT16          .294 / .371        .276 / .308            .248 / .251
+//                       1x128 SR RHT16    .403 / .491        .341 / .376            .304 / .309
+//                       MS-EDEN RHT128    .447 / .539        .362 / .400            .337 / .355
+//             both copies   dY SR, SR RHT16                      .487, .430, .372
+//                           X RN, RN RHT16 packed                .428, .350, .335
+//             both maxima   plain and RHT16                      .155, .108, .109 (to read takes .098)
+//                           RHT128 twice                         .294, .178, .178
+//             from packed   columns MS-EDEN; 1x128 SR RHT16      .497, .397, .379; -, .374, .344
+//                           maximum of columns with RHT128       .237, .180, .181
 //         What did not pay: two blocks of 16 a lane (spills: 1.3 to 1.6 times as long); all 4 rows of a lane at once (158 registers, 8 warps a
 //         multiprocessor, not timed); blocks of rows that stay on (launch_strips()); for both copies six or five blocks of 128 threads, or three of
 //         256, with one square, or two of 256 with two (.99 to 1.04); their columns by ldmatrix (dY 1.00, X packed 1.03). Two stores of 16 bytes a
-//         lane fill half of each 32-byte sector at a time: L2 is at 80 to 85 % of its rate in the kernels without a rotation. An exchange
-//         between lanes would mend that for about one instruction a value: not tried.
+//         lane fill half of each 32-byte sector at a time, and L2 is at 80 to 90 % of its rate in the kernels without a rotation; but an exchange
+//         between lanes through shared memory, so that each store fills 512 bytes, helps columns to nearest alone (.95; SR RHT16 1.04, 1x128 1.06,
+//         MS-EDEN 1.06, dY 1.06). Divisions out of the usual range and FP8's codes in functions of their own, so that the loop is half as long: 1.00,
+//         from packed 1.03 to 1.06. A lane's four rows to four blocks where a matrix is small: weights 1.0, large columns 1.02. The maximum of a rotated
+//         block as |a| + |b| of its last butterfly: 1.00. Rounding to nearest with signs by pairs: more registers, 1.06; 4/6 without saturation: 1.05.
 #pragma once
 #include <map>
 #include "operand.cuh"    // defines: Operand4, QuantizeHow, dequantize
@@ -110,8 +116,10 @@ template <> struct KnownFor<true, true, Packed> { using List = KnownList<Known::
 // Blocks of each kernel that a multiprocessor is to hold: what their registers allow and, for columns, the shared memory of their tiles.
 constexpr int kMxBlocks = 4, kPlainBlocks = 6;
 __host__ __device__ constexpr int amax_blocks(bool columns) { return columns ? 5 : 8; }
-// Six for columns of a matrix, and not five: .98 of the time with MS-EDEN, 1.00 with the others (H200).
-__host__ __device__ constexpr int nvfp4_blocks(bool columns_of_a_matrix, Known k) { return columns_of_a_matrix && k != Known::any ? 6 : 5; }
+// Six for columns of a matrix, and not five: .98 of the time with MS-EDEN, 1.00 with the others (H200). Eight for rows to nearest, which wait for memory.
+__host__ __device__ constexpr int nvfp4_blocks(bool columns, bool of_a_matrix, Known k) {
+  return !of_a_matrix || k == Known::any ? 5 : columns ? 6 : k == Known::rn || k == Known::tile ? 8 : 5;
+}
 
 // What every kernel below wants to know.
 struct BlockHow {
@@ -130,6 +138,10 @@ struct BlockHow {
   template <class Rows> __device__ __forceinline__ bool scales_input() const {
     return recipe.rht == 16 && Rows::kFewBits && recipe.outer == Outer::tensor;
   }
+  // Or that waits until a block is divided by its scale: 1/4 of a row with outer scales, on a GPU. Then row() returns it as if it were 1.
+  __device__ __forceinline__ float late_factor() const {
+    return !kOnCpu && recipe.format == Format::nvfp4 && recipe.rht == 16 && recipe.outer == Outer::b1x128 ? 0.25f : 1.0f;
+  }
   // A row of the operand as it will be rounded; and its max|v| as bits, where a thread has one block. Padding that a rotation has left as -0 is 0 again.
   // known: null, or InputSigns. Two BF16 in a word are one operation less than two floats: in the search for the maximum, and in rounding.
   template <class S, class Rows> __device__ __forceinline__ unsigned row(RowPart<S>& v, Rows& rows, int i, int cols, const float* known = nullptr) const {
@@ -143,21 +155,20 @@ struct BlockHow {
     rotate_row<S>(v, recipe.rht, signs, rows.at.along, known);
 #pragma unroll
     for (int u = 0; u < S::kUnits; u++) {
-      if (kOnCpu || !known || !scales_input<Rows>()) {
+      if (late_factor() == 1 && (kOnCpu || !known || !scales_input<Rows>())) {
 #pragma unroll
         for (int j = 0; j < S::kUnit; j++) v[u][j] *= scale;
       }
       if (round && kOnCpu) {
         for (int j = 0; j < S::kUnit; j++) v[u][j] = to_float(to_bf16(v[u][j]));
       } else if (round) {
-        uint32_t words[S::kUnit / 2];
 #pragma unroll
         for (int j = 0; j < S::kUnit; j += 2) {
-          const uint32_t two = words[j / 2] = pack_bf16(v[u][j], v[u][j + 1]);
+          const uint32_t two = rows.word[j / 2] = pack_bf16(v[u][j], v[u][j + 1]);
           v[u][j] = bits_float(two << 16);
           v[u][j + 1] = bits_float(two & 0xffff0000u);
         }
-        if (S::kUnits == 1 && S::kUnit == 16) return pair_amax_bits(max_abs_pairs(words));
+        if (S::kUnits == 1 && S::kUnit == 16) return pair_amax_bits(max_abs_pairs(rows.word));
       }
       if (S::kUnit == 32 && recipe.rht == 16 && rows.at.col + u * 32 + 16 >= cols) {       // half a block of padding
 #pragma unroll
@@ -233,6 +244,45 @@ amax_kernel(unsigned* plain, unsigned* rotated, unsigned* row_amax, Source x, Bl
   if (rotated) atomicMax(rotated, finished_amax(how.recipe, most_rotated));
 }
 
+// max|x| of each of several arrays, in one launch: of small ones, as weights are, a kernel each would spend its time on starting. amax: one for each, zeroed.
+template <class T> struct Arrays {
+  static constexpr int kMost = 64;
+  const T* x[kMost]; unsigned size[kMost];
+};
+constexpr int kArrayBlocks = 64;                                 // of an array
+template <class T> __global__ void amax_of_arrays_kernel(unsigned* amax, Arrays<T> arrays) {
+  const T* const x = arrays.x[blockIdx.y];
+  const unsigned size = arrays.size[blockIdx.y];
+  const bool aligned = (uintptr_t)x % (8 * sizeof(T)) == 0;
+  unsigned most = 0;
+  for (unsigned i = (blockIdx.x * blockDim.x + threadIdx.x) * 8; i < size; i += gridDim.x * blockDim.x * 8) {
+    float v[8];
+    if (aligned && i + 8 <= size) {
+      const Vec<T, 8> eight = load_vec<8>(x + i);
+#pragma unroll
+      for (int j = 0; j < 8; j++) v[j] = to_float(eight.v[j]);
+    } else {
+      for (int j = 0; j < 8; j++) v[j] = i + j < size ? to_float(x[i + j]) : 0.0f;
+    }
+    most = max(most, block_amax_bits(v));
+  }
+  using S = Share<16, true>;
+  most = max_down<S>(max_along<S>(most));
+  if (threadIdx.x % 32 == 0) atomicMax(&amax[blockIdx.y], most);
+}
+template <class T> void amax_of_arrays(float* amax, const T* const* x, const size_t* size, int arrays) {
+  for (int first = 0; first < arrays; first += Arrays<T>::kMost) {
+    Arrays<T> some = {};
+    const int count = min(arrays - first, Arrays<T>::kMost);
+    for (int i = 0; i < count; i++) {
+      if (size[first + i] >= 1u << 31) die("amax_of_arrays: an array of %zu elements is too large", size[first + i]);
+      some.x[i] = x[first + i];
+      some.size[i] = (unsigned)size[first + i];
+    }
+    launch(amax_of_arrays_kernel<T>, dim3(kOnCpu ? 2 : kArrayBlocks, count), kOnCpu ? 32 : 256, 0, (unsigned*)amax + first, some);
+  }
+}
+
 // ------------------------------------------------------------------ rounding and storing a block
 #ifdef CPU_BUILD
 __forceinline__ float8 abs8(float8 v) { return (float8)((word8)v & 0x7fffffffu); }
@@ -257,47 +307,72 @@ __forceinline__ word8 load_bytes8(const void* p) {
   return __builtin_convertvector(b, word8);
 }
 #endif
-// magnitude[j]: |v[j]| rounded to the grid. `block16`: number of the 16-block in its operand, which names its random bits; a block of 32 takes two.
-// drawn: null, or those bits.
+// The random bits of a block: of byte r the complement 255 - r, 4 in a word. `block16`: number of the 16-block in its operand; a block of 32 takes two.
+struct RandomBytes { uint32_t word[4]; };
+__device__ __forceinline__ RandomBytes random_bytes(const uint4& r) { return {~r.x, ~r.y, ~r.z, ~r.w}; }
+#ifdef CPU_BUILD
+// magnitude[j]: |v[j]| rounded to the grid. drawn: null, or random_block() of each 16.
 template <int kN>
-__device__ __forceinline__ void round_block(float (&magnitude)[kN], const float (&v)[kN], bool stochastic, const BlockHow& how, uint32_t block16,
-                                            const uint4* drawn = nullptr) {
-  if (stochastic) {
-#pragma unroll
-    for (int half = 0; half < kN / 16; half++) {
-      const uint4 r = drawn ? drawn[half] : random_block(how.key, how.rounds, block16 + half);
-      const uint32_t words[4] = {~r.x, ~r.y, ~r.z, ~r.w};        // u: midpoints of 256 intervals, unbiased, and never 0 or 1
-#ifdef CPU_BUILD
-      for (int j = 0; j < 16; j += 8) store8(magnitude + 16 * half + j, e2m1_round_bytes8(load8(v + 16 * half + j), load_bytes8(&words[j / 4])));
-      continue;
-#endif
-#pragma unroll
-      for (int j = 0; j < 16; j++) magnitude[16 * half + j] = e2m1_round_byte(fabsf(v[16 * half + j]), words[j / 4], j % 4);
-    }
-  } else {
-#ifdef CPU_BUILD
+__forceinline__ void round_block(float (&magnitude)[kN], const float (&v)[kN], bool stochastic, const BlockHow& how, uint32_t block16,
+                                 const uint4* drawn = nullptr) {
+  if (!stochastic) {
     for (int j = 0; j < kN; j += 8) store8(magnitude + j, e2m1_round8(load8(v + j)));
     return;
-#endif
-#pragma unroll
-    for (int j = 0; j < kN; j++) magnitude[j] = e2m1_round(fabsf(v[j]));
+  }
+  for (int half = 0; half < kN / 16; half++) {
+    const RandomBytes bytes = random_bytes(drawn ? drawn[half] : random_block(how.key, how.rounds, block16 + half));
+    for (int j = 0; j < 16; j += 8) store8(magnitude + 16 * half + j, e2m1_round_bytes8(load8(v + 16 * half + j), load_bytes8(&bytes.word[j / 4])));
   }
 }
+#else
+// The same to nearest. kBelow7: all |v| are.
+template <bool kBelow7 = false, int kN> __device__ __forceinline__ void round_block(float (&magnitude)[kN], const float (&v)[kN]) {
+#pragma unroll
+  for (int j = 0; j < kN; j++) magnitude[j] = kBelow7 ? e2m1_round_below7(fabsf(v[j])) : e2m1_round(fabsf(v[j]));
+}
+// Stochastically, and as indices, two neighbours in the halves of a word. kBelow8: all |v| are; if not, a NaN becomes 6.
+template <bool kBelow8, int kN>
+__device__ __forceinline__ void round_block_sr(uint32_t (&index)[kN / 2], const float (&v)[kN], const BlockHow& how, uint32_t block16) {
+  const uint32_t filler = in_register(0x7fffu), four = in_register(4u);        // so that it is a multiplication: logic and shifts are busier
+#pragma unroll
+  for (int half = 0; half < kN / 16; half++) {
+    const RandomBytes bytes = random_bytes(random_block(how.key, how.rounds, block16 + half));
+    auto lifted = [&](int j) {
+      const float a = fabsf(v[16 * half + j]);
+      return e2m1_lifted_sr(kBelow8 ? a : fminf(a, 8.0f), e2m1_byte_part(bytes.word[j / 4], j % 4, filler), four);
+    };
+#pragma unroll
+    for (int j = 0; j < 16; j += 2) index[8 * half + j / 2] = min_u16x2(upper_bytes(lifted(j), lifted(j + 1)), 0x00070007u);
+  }
+}
+// Words whose halves have the signs of v.
+template <int kN> __device__ __forceinline__ void sign_words(uint32_t (&signs)[kN / 2], const float (&v)[kN]) {
+#pragma unroll
+  for (int j = 0; j < kN; j += 2) signs[j / 2] = __byte_perm(float_bits(v[j]), float_bits(v[j + 1]), 0x7632);
+}
+#endif
 __device__ __forceinline__ float with_sign_of(float magnitude, float v) { return bits_float(float_bits(magnitude) | (float_bits(v) & 0x80000000u)); }
+// Is a scale in the middle of the range, so that what is faster than the plain way is as exact? A CPU is as fast the plain way.
+__device__ __forceinline__ bool divides(float d) { return !kOnCpu && d > 0x1p-80f && d < 0x1p80f; }
+// Which parts of an operand are asked for. On a GPU kept in registers, where a kernel would look at 64 bits of a pointer every time.
+struct Parts { uint32_t codes, values, scales; };
+__device__ __forceinline__ Parts parts_of(const Operand4& out) {
+  return {in_register((uint32_t)(out.codes != nullptr)), in_register((uint32_t)(out.values != nullptr)), in_register((uint32_t)(out.scales != nullptr))};
+}
 // Writes codes, and values magnitude * scale (* outer), of the elements from column `col` on; the signs are those of v. ScaleKind: a scale with few
 // bits, so that its products with magnitudes are BF16 numbers; one of FP32; or one of few bits with an outer scale of FP32.
 enum class ScaleKind { few_bits, fp32, outer };
 template <ScaleKind kKind, int kN>
-__device__ __forceinline__ void store_block(const Operand4& out, unsigned row, unsigned col, const float (&magnitude)[kN], const float (&v)[kN], float scale,
-                                            float outer = 1) {
+__device__ __forceinline__ void store_block(const Operand4& out, Parts parts, unsigned row, unsigned col, const float (&magnitude)[kN], const float (&v)[kN],
+                                            float scale, float outer = 1) {
   const size_t at = (size_t)row * (unsigned)out.ld + col;
 #ifdef CPU_BUILD
-  if (out.codes) {
+  if (parts.codes) {
     Vec<uint32_t, kN / 8> words = {};
     for (int j = 0; j < kN; j++) words.v[j / 8] |= (uint32_t)(e2m1_index(magnitude[j]) | e2m1_sign(v[j])) << (4 * (j % 8));
     *reinterpret_cast<Vec<uint32_t, kN / 8>*>(out.codes + at / 2) = words;
   }
-  if (out.values) {
+  if (parts.values) {
     for (int j = 0; j < kN; j += 8) {
       const float8 m = load8(magnitude + j) * scale, o = kKind == ScaleKind::outer ? m * outer : m;
       store8(out.values + at + j, (float8)((word8)o | ((word8)load8(v + j) & 0x80000000u)));
@@ -307,21 +382,20 @@ __device__ __forceinline__ void store_block(const Operand4& out, unsigned row, u
   float rounded[kN];
 #pragma unroll
   for (int j = 0; j < kN; j++) rounded[j] = with_sign_of(magnitude[j], v[j]);
-  if (out.codes) {
+  if (parts.codes) {
     Vec<uint32_t, kN / 8> words;
 #pragma unroll
     for (int j = 0; j < kN; j += 8) words.v[j / 8] = e2m1_pack8(reinterpret_cast<const float (&)[8]>(rounded[j]));
     *reinterpret_cast<Vec<uint32_t, kN / 8>*>(out.codes + at / 2) = words;
   }
-  if (out.values) {
+  if (parts.values) {
     Vec<floatX, kN> q;
     if constexpr (kKind == ScaleKind::few_bits && sizeof(floatX) == 2) {           // two products at once, exact as any
-      const __nv_bfloat162 both = __float2bfloat162_rn(scale);
+      const uint32_t both = pack_bf16(scale, scale);
 #pragma unroll
       for (int j = 0; j < kN; j += 2) {
-        const __nv_bfloat162 two = __hmul2(__floats2bfloat162_rn(rounded[j], rounded[j + 1]), both);
-        q.v[j] = two.x;
-        q.v[j + 1] = two.y;
+        const uint32_t two = mul_bf16x2(pack_bf16(rounded[j], rounded[j + 1]), both);
+        memcpy(&q.v[j], &two, 4);
       }
     } else {
 #pragma unroll
@@ -330,6 +404,78 @@ __device__ __forceinline__ void store_block(const Operand4& out, unsigned row, u
     store_vec(out.values + at, q);
   }
 #endif
+}
+#ifndef CPU_BUILD
+// The same from indices, two in a word, and the words that have their signs. In BF16's place an index is 2^-126 times its value (compare
+// e2m1_magnitude()).
+template <ScaleKind kKind, int kPairs>
+__device__ __forceinline__ void store_indices(const Operand4& out, Parts parts, unsigned row, unsigned col, const uint32_t (&index)[kPairs],
+                                              const uint32_t (&signs)[kPairs], float scale, float outer = 1) {
+  const size_t at = (size_t)row * (unsigned)out.ld + col;
+  if (parts.codes) {
+    auto two = [&](int j) {                                      // in the lowest byte
+      const uint32_t code = index[j] | (signs[j] >> 12 & 0x00080008u);
+      return code + (code >> 12);
+    };
+    Vec<uint32_t, kPairs / 4> words;
+#pragma unroll
+    for (int j = 0; j < kPairs; j += 4)
+      words.v[j / 4] = __byte_perm(__byte_perm(two(j), two(j + 1), 0x0040), __byte_perm(two(j + 2), two(j + 3), 0x0040), 0x5410);
+    *reinterpret_cast<Vec<uint32_t, kPairs / 4>*>(out.codes + at / 2) = words;
+  }
+  if (!parts.values) return;
+  Vec<floatX, 2 * kPairs> q;
+  if (kKind == ScaleKind::outer && sizeof(floatX) == 2 && divides(scale * outer)) {
+    // The values of the 8 indices, and each element's by its index: their lower bytes and their upper ones, four at once. 1 and 1.5 times the scales; all
+    // others are these times a power of two.
+    const uint32_t two_three = pack_bf16(scale * outer, 1.5f * scale * outer), half = mul_bf16x2(two_three, 0x3f003f00u) << 16;
+    const uint32_t four_five = mul_bf16x2(two_three, 0x40004000u), six_seven = mul_bf16x2(two_three, 0x40804080u);
+    const uint32_t lower[2] = {__byte_perm(half, two_three, 0x6420), __byte_perm(four_five, six_seven, 0x6420)};
+    const uint32_t upper[2] = {__byte_perm(half, two_three, 0x7531), __byte_perm(four_five, six_seven, 0x7531)};
+    const uint32_t lift = in_register(256u);
+#pragma unroll
+    for (int j = 0; j < kPairs; j += 2) {
+      const uint32_t spread = index[j + 1] * lift + index[j], which = spread + (spread >> 12);     // four indices, 4 bits apart
+      const uint32_t low = pick_bytes(lower[0], lower[1], which), high = pick_bytes(upper[0], upper[1], which);
+      const uint32_t words[2] = {__byte_perm(low, high, 0x5140) | (signs[j] & 0x80008000u), __byte_perm(low, high, 0x7362) | (signs[j + 1] & 0x80008000u)};
+      memcpy(&q.v[2 * j], words, sizeof words);
+    }
+  } else {
+    const uint32_t lift = in_register(64u), both = pack_bf16(scale, scale);
+#pragma unroll
+    for (int j = 0; j < kPairs; j++) {
+      uint32_t two = mul_bf16x2(index[j] * lift | (signs[j] & 0x80008000u), 0x7e807e80u);           // 2^126
+      if (kKind == ScaleKind::few_bits && sizeof(floatX) == 2) {
+        two = mul_bf16x2(two, both);
+        memcpy(&q.v[2 * j], &two, 4);
+      } else {
+        for (int k = 0; k < 2; k++) {
+          const float r = bits_float(k ? two & 0xffff0000u : two << 16) * scale;
+          q.v[2 * j + k] = from_float<floatX>(kKind == ScaleKind::outer ? r * outer : r);
+        }
+      }
+    }
+  }
+  store_vec(out.values + at, q);
+}
+#endif
+// Rounds a block that is on the grid, and stores it.
+template <ScaleKind kKind, int kN>
+__device__ __forceinline__ void round_and_store(const Operand4& out, int row, int col, const float (&v)[kN], const BlockHow& how, uint32_t block16, float scale) {
+  const bool stochastic = how.recipe.rounding == Rounding::stochastic;
+  float magnitude[kN];
+#ifdef CPU_BUILD
+  round_block(magnitude, v, stochastic, how, block16);
+#else
+  if (stochastic) {
+    uint32_t index[kN / 2], signs[kN / 2];
+    round_block_sr<false>(index, v, how, block16);
+    sign_words(signs, v);
+    return store_indices<kKind>(out, parts_of(out), row, col, index, signs, scale);
+  }
+  round_block(magnitude, v);
+#endif
+  store_block<kKind>(out, parts_of(out), row, col, magnitude, v, scale);
 }
 // The same for FP8 elements: values e4m3(v) * scale, or e5m2.
 template <int kN>
@@ -354,30 +500,28 @@ template <int kN> __device__ __forceinline__ void clear_block(const Operand4& ou
   if (out.codes) for (int j = 0; j < bytes * (kN / 16); j++) out.codes[at * bytes / 16 + j] = 0;
   if (out.values) for (int j = 0; j < kN; j++) out.values[at + j] = from_float<floatX>(0);
 }
-// v / d, correctly rounded, in four operations: a GPU's division takes ten and more, most of them to find 1/d, which here is found once. With 1/d as a
-// sum of two floats the first quotient is off by less than one unit of its last place; then one correction with the rounded 1/d is right (P. Markstein,
-// IBM J. Res. Dev. 34, 1990), as long as nothing leaves the normal range. `below` is rounded down so that `rest` is not negative, and the remainder is
-// taken as q d - v: a zero keeps its sign.
+// v / d, correctly rounded, in three operations, as the compiler's own division has them once it has found 1/d, which here is found once for all v: a
+// first quotient, off by a unit of its last place at most, and its remainder, which is exact, times the rounded 1/d (P. Markstein, IBM J. Res. Dev. 34,
+// 1990); as long as nothing leaves the normal range. The remainder is taken as q d - v: a zero keeps its sign.
 struct Divisor {
-  float d, nearest, below, rest;                               // 1/d to nearest; 1/d = below + rest
-  __host__ __device__ __forceinline__ explicit Divisor(float divisor) : d(divisor), nearest(1.0f / divisor) {
-    below = fmaf(-d, nearest, 1.0f) < 0 ? bits_float(float_bits(nearest) - 1) : nearest;
-    rest = fmaf(-d, below, 1.0f) * nearest;
-  }
+  float d, reciprocal;
+  __host__ __device__ __forceinline__ explicit Divisor(float divisor) : Divisor(divisor, 1.0f / divisor) {}
+  __host__ __device__ __forceinline__ Divisor(float divisor, float rounded_reciprocal) : d(divisor), reciprocal(rounded_reciprocal) {}
   __host__ __device__ __forceinline__ float quotient(float v) const {
-    const float q = fmaf(v, below, v * rest);
-    return fmaf(fmaf(q, d, -v), -nearest, q);
+    const float q = v * reciprocal;
+    return fmaf(fmaf(q, d, -v), -reciprocal, q);
   }
 };
 // Infinities have an infinite d. Quotients below 2^-126 may be off by their last place: far below the grid, they become 0 all the same.
-template <int kN> __device__ __forceinline__ void divide_block(float (&v)[kN], float d) {
-  if (!kOnCpu && d > 0x1p-80f && d < 0x1p80f) {
-    const Divisor by(d);
+// factor: of v, a power of two.
+template <int kN> __device__ __forceinline__ void divide_block(float (&v)[kN], float d, float factor = 1) {
+  if (divides(d)) {
+    const Divisor by(d / factor);
 #pragma unroll
     for (int j = 0; j < kN; j++) v[j] = by.quotient(v[j]);
   } else {
 #pragma unroll
-    for (int j = 0; j < kN; j++) v[j] = v[j] / d;
+    for (int j = 0; j < kN; j++) v[j] = v[j] * factor / d;
   }
 }
 
@@ -387,6 +531,10 @@ struct BlockScale {
   float scale, outer;               // an E4M3 value, and the FP32 scale that goes with it
   float encode, divide;
   __device__ __forceinline__ float on_grid(float v) const { return divide != 0 ? v / divide : __fmul_rn(v, encode); }
+  // Only a scale that was rounded far down, as the smallest are, makes a value on the grid 7 or more. So do infinities and NaN.
+  __device__ __forceinline__ bool usual(float block_amax) const {
+    return divide != 0 ? block_amax < 6.99f * divide : block_amax * encode < 6.99f;
+  }
   // squared error of an element, and its magnitude, rounded to nearest
   __device__ __forceinline__ float error(float v, float& magnitude) const {
     magnitude = e2m1_round(fabsf(on_grid(v)));
@@ -400,13 +548,16 @@ __host__ __device__ __forceinline__ float quotient(float x, float c) {
   const float r = 1.0f / c, q = x * r;
   return fmaf(-fmaf(q, c, -x), r, q);
 }
-__device__ __forceinline__ float divided(float x, float c) { return !kOnCpu && x > 0x1p-80f && x < 0x1p80f ? quotient(x, c) : x / c; }
+__device__ __forceinline__ float divided(float x, float c) { return divides(x) ? quotient(x, c) : x / c; }
 // The FP32 scale for amax of the tensor, or of 128 columns.
 __device__ __forceinline__ TensorScale outer_scale(const OperandRecipe& how, float amax) {
   const float range = nvfp4_range(how.scale);
-  if (is_eden(how)) return {0, eden_tensor_scale(amax)};
+  if (is_eden(how)) {
+    const float t = eden_tensor_scale(amax);
+    return {0, t, 1.0f / t};
+  }
   if (how.outer == Outer::tensor) return tensor_scale(amax, range);
-  return {0, amax == 0 ? 1.0f : divided(divided(amax, range / 6), 6)};
+  return {0, amax == 0 ? 1.0f : divides(amax) ? quotient(quotient(amax, range / 6), 6) : amax / (range / 6) / 6, 0};
 }
 // stretch: 1; 1.5 maps the largest element to 4 instead of 6.
 __device__ __forceinline__ BlockScale block_scale(const OperandRecipe& how, float block_amax, TensorScale t, float stretch = 1) {
@@ -421,7 +572,10 @@ __device__ __forceinline__ BlockScale block_scale(const OperandRecipe& how, floa
   } else {
     const bool eden = is_eden(how);
     s.outer = t.decode;
-    const float wanted = (eden ? divided(block_amax, kEdenStep) / s.outer : divided(block_amax / s.outer, 6)) * stretch;
+    float wanted;
+    if (!eden) wanted = divided(block_amax / s.outer, 6) * stretch;
+    else if (divides(block_amax) && divides(s.outer)) wanted = Divisor(s.outer, t.reciprocal).quotient(quotient(block_amax, kEdenStep)) * stretch;
+    else wanted = block_amax / kEdenStep / s.outer * stretch;
     s.scale = how.scale == ScaleRule::ceil ? e4m3_decode(e4m3_encode_ceil(wanted)) : e4m3_round_scale(wanted);
     if (s.scale == 0) s.scale = eden ? 1 : 0x1p-9f;       // the scale that was rounded to 0 as well: never divide by 0
     s.encode = 0;
@@ -520,7 +674,14 @@ template <class S> __device__ __forceinline__ float eden_correction128(const flo
 
 // The random bits of MS-EDEN's scales: four rows of a strip, 4 apart, share a draw, of which row i of the strip takes word i / 4.
 __device__ __forceinline__ uint32_t eden_draw(unsigned row, unsigned block, unsigned blocks) { return (row / 16 * 4 + row % 4) * blocks + block; }
-__device__ __forceinline__ float eden_uniform(uint32_t word) { return (float)(2 * (word & 0xffff) + 1) * 0x1p-17f; }
+__host__ __device__ __forceinline__ float eden_uniform(uint32_t word) { return (float)(2 * (word & 0xffff) + 1) * 0x1p-17f; }
+// e4m3_decode(e4m3_encode_sr(v, eden_uniform(word))). From 2^-6 to 448 it is an addition that carries into the mantissa's third bit where the 20 below,
+// as a part of it, exceed the uniform number.
+__host__ __device__ __forceinline__ float eden_scale(float v, uint32_t word) {
+  const uint32_t bits = float_bits(v), least = float_bits(0x1p-6f);
+  if (bits - least < float_bits(448.0f) - least) return bits_float((bits + 0xffff7u - 16 * (word & 0xffff)) & ~0xfffffu);
+  return e4m3_decode(e4m3_encode_sr(v, eden_uniform(word)));
+}
 
 // Pass 2: codes and scales of a strip. four_tiles: the choice of four over six in 16x16 tiles; tensor: known_tensor_scale(); known: null, or InputSigns.
 template <class S, class Rows>
@@ -529,7 +690,14 @@ __device__ __forceinline__ void nvfp4_strip(Rows& rows, const Operand4& out, con
   const OperandRecipe& recipe = how.recipe;
   const bool tile = recipe.blocks == Blocks::b16x16, wide = recipe.outer == Outer::b1x128, four_six = recipe.scale == ScaleRule::four_six;
   const unsigned blocks = ceil_div((unsigned)out.cols, 16u), first_block = (unsigned)rows.at.col / 16;
+  const bool stochastic = recipe.rounding == Rounding::stochastic;
+  const Parts parts = parts_of(out);
+  // Do the words of a row have the signs of what is to be rounded?
+  [[maybe_unused]] const bool kWords = S::kUnits == 1 && (recipe.rht == 0 ? Rows::kPairs : rounds_rotated(recipe));
   const StripPlace at = rows.at;
+  int rows_inside = 0;                                            // of this thread's, the first so many are within the operand
+#pragma unroll
+  for (int i = 0; i < S::kRows; i++) rows_inside += (unsigned)rows.row(i) < (unsigned)out.rows && (S::kUnits > 1 || first_block < blocks);
   RowPart<S> v;
   unsigned tile_amax[S::kUnits] = {};
   if (tile) {
@@ -554,22 +722,24 @@ __device__ __forceinline__ void nvfp4_strip(Rows& rows, const Operand4& out, con
   for (int i = 0; i < S::kRows; i++) {
     const unsigned row = (unsigned)rows.row(i);
     const unsigned most = how.row<S>(v, rows, i, out.cols, known);
+    const float late = how.late_factor();
     unsigned own_amax[S::kUnits], row_amax = 0;
 #pragma unroll
     for (int u = 0; u < S::kUnits; u++) row_amax = max(row_amax, own_amax[u] = S::kUnits == 1 ? most : block_amax_bits(v[u]));
-    const TensorScale outer = wide ? outer_scale(recipe, bits_float(max_along<S>(row_amax))) : tensor;
+    const TensorScale outer = wide ? outer_scale(recipe, bits_float(max_along<S>(row_amax)) * late) : tensor;
     float magnitude[S::kUnits][16];
     BlockScale scale[S::kUnits];
+    [[maybe_unused]] uint32_t index[S::kUnits][8], signs[S::kUnits][8];
     [[maybe_unused]] uint4 drawn[S::kUnits];
 #ifdef CPU_BUILD
     if constexpr (!S::kWarp) {
-      if (recipe.rounding == Rounding::stochastic) random_blocks8(drawn, how.key, row * blocks + first_block);
+      if (stochastic) random_blocks8(drawn, how.key, row * blocks + first_block);
     }
 #endif
 #pragma unroll
     for (int u = 0; u < S::kUnits; u++) {
       const unsigned block = first_block + u;
-      const float block_amax = bits_float(tile ? tile_amax[u] : own_amax[u]);
+      const float block_amax = bits_float(tile ? tile_amax[u] : own_amax[u]) * late;
       BlockScale& s = scale[u];
       s = block_scale(recipe, block_amax, outer);
       if (four_six) {
@@ -592,13 +762,34 @@ __device__ __forceinline__ void nvfp4_strip(Rows& rows, const Operand4& out, con
           }
         }
       }
-      if (s.divide != 0) divide_block(v[u], s.divide);
+      if (s.divide != 0) divide_block(v[u], s.divide, late);
       else {
 #pragma unroll
         for (int j = 0; j < 16; j++) v[u][j] = __fmul_rn(v[u][j], s.encode);
       }
-      const bool stochastic = recipe.rounding == Rounding::stochastic;
+#ifdef CPU_BUILD
       round_block(magnitude[u], v[u], stochastic, how, row * blocks + block, S::kWarp ? nullptr : &drawn[u]);
+#else
+      const bool usual = s.usual(block_amax);
+      if (stochastic) {
+        if (kWords) {
+#pragma unroll
+          for (int j = 0; j < 8; j++) signs[u][j] = rows.word[j];
+        } else {
+          sign_words(signs[u], v[u]);
+        }
+        if (!usual) {
+#pragma unroll
+          for (int j = 0; j < 16; j++) v[u][j] = v[u][j] != v[u][j] ? 6.0f : fminf(fmaxf(v[u][j], -6.0f), 6.0f);
+          sign_words(signs[u], v[u]);
+        }
+        round_block_sr<true>(index[u], v[u], how, row * blocks + block);
+      } else if (usual && is_eden(recipe)) {
+        round_block<true>(magnitude[u], v[u]);
+      } else {
+        round_block(magnitude[u], v[u]);
+      }
+#endif
     }
     if (is_eden(recipe)) {                                    // the scale takes the correction, and is rounded stochastically: 16 random bits
       const float correction128 = recipe.rounding == Rounding::eden128 ? eden_correction128<S>(v, magnitude) : 0;
@@ -608,18 +799,28 @@ __device__ __forceinline__ void nvfp4_strip(Rows& rows, const Operand4& out, con
         if (recipe.rounding == Rounding::eden16) sums.add(v[u], magnitude[u]);
         const float correction = recipe.rounding == Rounding::eden16 ? sums.correction() : correction128;
         uint4& draw = eden[S::kWarp ? 0 : i % 4][u];             // its next word
-        scale[u].scale = e4m3_decode(e4m3_encode_sr(scale[u].scale * correction, eden_uniform(draw.x)));
+        scale[u].scale = eden_scale(scale[u].scale * correction, draw.x);
         draw = make_uint4(draw.y, draw.z, draw.w, 0);
       }
     }
 #pragma unroll
     for (int u = 0; u < S::kUnits; u++) {
       const unsigned block = first_block + u, col = block * 16;
-      if (row < (unsigned)out.rows && block < blocks) {
-        if (out.scales) out.scales[scale_offset(row, block, blocks)] = e4m3_encode(scale[u].scale);
+      if (i < rows_inside && (S::kUnits == 1 || block < blocks)) {
+        if (parts.scales) {
+          const uint32_t bits = behind_branch(float_bits(scale[u].scale));
+          out.scales[scale_offset(behind_branch(row), block, blocks)] = e4m3_code(bits_float(bits));
+        }
         if (wide && out.outer && block % 8 == 0) out.outer[(size_t)row * ceil_div(blocks, 8) + block / 8] = scale[u].outer;
-        if (wide) store_block<ScaleKind::outer>(out, row, col, magnitude[u], v[u], scale[u].scale, scale[u].outer);
-        else store_block<ScaleKind::few_bits>(out, row, col, magnitude[u], v[u], scale[u].scale);
+#ifndef CPU_BUILD
+        if (stochastic) {
+          if (wide) store_indices<ScaleKind::outer>(out, parts, row, col, index[u], signs[u], scale[u].scale, scale[u].outer);
+          else store_indices<ScaleKind::few_bits>(out, parts, row, col, index[u], signs[u], scale[u].scale);
+          continue;
+        }
+#endif
+        if (wide) store_block<ScaleKind::outer>(out, parts, row, col, magnitude[u], v[u], scale[u].scale, scale[u].outer);
+        else store_block<ScaleKind::few_bits>(out, parts, row, col, magnitude[u], v[u], scale[u].scale);
       } else if (row < (unsigned)how.rows_covered && col < (unsigned)how.cols_covered) {           // padding
         if (out.scales) out.scales[scale_offset(row, block, blocks)] = 0;
         if (row < (unsigned)out.rows && col < (unsigned)out.ld) clear_block<16>(out, row, col, 8);
@@ -643,7 +844,7 @@ template <Known kKnown, class Rows> __device__ __forceinline__ auto input_signs(
   return InputSigns<kRecipe.rht>(how.signs, kRecipe.signs == Signs::fixed, (int)threadIdx.x % 8, factor);
 }
 template <bool kTranspose, bool kWarp, class Source, Known kKnown>
-__global__ void __launch_bounds__(kStripThreads, nvfp4_blocks(kTranspose && Source::kRowCopy, kKnown))
+__global__ void __launch_bounds__(kStripThreads, nvfp4_blocks(kTranspose, Source::kRowCopy, kKnown))
 nvfp4_kernel(Operand4 out, const uint32_t* four_tiles, Source x, BlockHow how) {
   using S = Share<16, kWarp>;
   make_known<kKnown>(how);
@@ -716,7 +917,7 @@ template <class S, bool kTranspose> struct SquareRows {
   static constexpr bool kFewBits = true, kPairs = !kTranspose;
   StripPlace at;
   const bf16* from;
-  uint32_t pairs;
+  uint32_t pairs, word[S::kUnit / 2];                           // as in StripRows
   __device__ __forceinline__ SquareRows(const bf16* square, int row, int col, int strip, int rows_covered, int cols_covered) {
     const int lane = (int)threadIdx.x % 32, along = lane % S::kAlong, down = lane / S::kAlong;
     at = {row + strip * 16 + down, col + along * 16, along, row + strip * 16 < rows_covered && col < cols_covered};
@@ -734,7 +935,11 @@ template <class S, bool kTranspose> struct SquareRows {
       memcpy(&run, &words, sizeof run);
 #pragma unroll
       for (int j = 0; j < 16; j++) v[0][j] = run[j];
-      if constexpr (kPairs) pairs = max_abs_pairs(run.word);
+      if constexpr (kPairs) {
+        pairs = max_abs_pairs(run.word);
+#pragma unroll
+        for (int j = 0; j < 8; j++) word[j] = run.word[j];
+      }
     }
   }
 };
@@ -891,9 +1096,7 @@ __global__ void __launch_bounds__(kStripThreads, kMxBlocks) mx_kernel(Operand4 o
       out.mask[(size_t)row * (out.ld / 32) + block] = word;
     }
     if (fp8) { store_fp8_block(out, row, col, v, true, scale); return; }
-    float magnitude[32];
-    round_block(magnitude, v, how.recipe.rounding == Rounding::stochastic, how, 2 * ((uint32_t)row * blocks + block));
-    store_block<ScaleKind::few_bits>(out, row, col, magnitude, v, scale);
+    round_and_store<ScaleKind::few_bits>(out, row, col, v, how, 2 * ((uint32_t)row * blocks + block), scale);
   });
 }
 
@@ -924,12 +1127,11 @@ __global__ void __launch_bounds__(kStripThreads, kPlainBlocks) plain_kernel(Oper
       for (int j = 0; j < 16; j++) v[j] *= encode;
       store_fp8_block(out, row, col, v, e4m3, 1.0f);
     } else {
-      float scale = bits_float(row_amax[row]) / kE2M1Max, magnitude[16];
+      float scale = bits_float(row_amax[row]) / kE2M1Max;
       if (scale == 0) scale = 1;
       divide_block(v, scale);
-      round_block(magnitude, v, how.recipe.rounding == Rounding::stochastic, how, (uint32_t)row * blocks + block);
       if (out.outer && block == 0) out.outer[row] = scale;
-      store_block<ScaleKind::fp32>(out, row, col, magnitude, v, scale);
+      round_and_store<ScaleKind::fp32>(out, row, col, v, how, (uint32_t)row * blocks + block, scale);
     }
   });
 }

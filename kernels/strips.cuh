@@ -84,10 +84,11 @@ template <class T> struct Matrix {
   __device__ Matrix ready() const { return *this; }
   __device__ float at(int r, int c) const { return r < rows && c < cols ? to_float(x[(size_t)r * cols + c]) : 0.0f; }
   __device__ bool aligned() const { return cols % (16 / (int)sizeof(T)) == 0; }          // every row starts on 16 bytes
-  template <int kN> __device__ __forceinline__ Run<kN> run(int r, int c) const {
+  template <int kN> __device__ __forceinline__ bool within(int r, int c) const { return r < rows && c + kN <= cols && aligned(); }
+  template <int kN> __device__ __forceinline__ Run<kN> run(int r, int c, bool known_within = false) const {
     Run<kN> run;
     const T* from = x + (size_t)r * cols + c;
-    if (r < rows && c + kN <= cols && aligned()) {
+    if (known_within || within<kN>(r, c)) {
       const Vec<T, kN> v = load_vec<kN>(from);
       memcpy(&run, &v, sizeof v);
       return run;
@@ -241,12 +242,14 @@ template <class S, bool kTranspose, class Source> struct StripRows {
   static constexpr bool kFewBits = sizeof(E) == 2;              // BF16: a quarter of an element is exact, and so are quarters of sums
   static constexpr bool kPairs = !kOnCpu && sizeof(E) == 2 && !kTranspose && S::kUnits == 1;
   uint32_t pairs;                                               // kPairs: the maxima of the elements read, as in max_abs_bf16x2()
+  uint32_t word[S::kUnit / 2];                                  // and they themselves; or what BlockHow::row() made of them in BF16
   static constexpr bool kTurned = kTranspose && !S::kWarp;      // the CPU's column copy turns its strip itself
   const Source& x;
   StripPlace at;
   const E* tile;
   float turned[kTurned ? 16 : 1][kTurned ? 128 : 1];
   typename Source::template Run<kTranspose ? 8 : S::kUnit> next;
+  bool whole;                                                   // rows that are read ahead: this thread's lie within the source
   // tile: of the block's unit, in shared memory
   __device__ __forceinline__ StripRows(const Source& source, StripPlace place, const E* shared) : x(source), at(place), tile(shared) {
     if constexpr (kTurned) {
@@ -274,13 +277,22 @@ template <class S, bool kTranspose, class Source> struct StripRows {
   __device__ __forceinline__ int row(int i) const { return at.row + i * S::kDown; }       // the thread's i-th row of the operand
   // The rows come in order, from 0 on after start(): a row copy reads one row ahead.
   static constexpr bool kAhead = !kTranspose && S::kUnits == 1;
-  __device__ __forceinline__ void start() { if constexpr (kAhead) next = x.template run<S::kUnit>(at.row, at.col); }
+  __device__ __forceinline__ void start() {
+    if constexpr (kAhead) {
+      whole = x.template within<S::kUnit>(row(S::kRows - 1), at.col);
+      next = x.template run<S::kUnit>(at.row, at.col, whole);
+    }
+  }
   __device__ __forceinline__ void load(RowPart<S>& v, int i) {
     if constexpr (kAhead) {
 #pragma unroll
       for (int j = 0; j < S::kUnit; j++) v[0][j] = next[j];
-      if constexpr (kPairs) pairs = max_abs_pairs(next.word);
-      if (i + 1 < S::kRows) next = x.template run<S::kUnit>(row(i + 1), at.col);
+      if constexpr (kPairs) {
+        pairs = max_abs_pairs(next.word);
+#pragma unroll
+        for (int j = 0; j < S::kUnit / 2; j++) word[j] = next.word[j];
+      }
+      if (i + 1 < S::kRows) next = x.template run<S::kUnit>(row(i + 1), at.col, whole);
     } else {
 #pragma unroll
       for (int u = 0; u < S::kUnits; u++) {
@@ -307,6 +319,7 @@ template <class S, bool kTranspose, class Source> struct StripRows {
 // code * second. Codes of two rows of the strip, 4 apart, lie in one word and are decoded at once.
 template <class S> struct PackedRows {
   static constexpr bool kFewBits = false, kPairs = false;
+  uint32_t word[S::kUnit / 2];                                  // as in StripRows
   const Packed& x;
   StripPlace at;
   const uint32_t *codes, *factors;                              // of the first of this thread's columns
