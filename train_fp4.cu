@@ -114,7 +114,7 @@ std::vector<Option> option_table(Options& o) {
   text("init-from", 0, "DIR", &o.init_from, "start from the weights of this Hugging Face directory");
   text("recipe", 'r', "NAME", &o.recipe, "how linear layers are quantized; see --list-recipes");
   text("gemm", 0, "WAY", &o.gemm, "what multiplies FP4 operands: auto, cublaslt or mma (FP4 tensor cores), emulated (BF16, exact)");
-  text("keep", 0, "FORM", &o.keep, "how a linear layer's input waits for the backward pass: codes (4.5 bits an element) or values (BF16, quantized again)");
+  text("keep", 0, "FORM", &o.keep, "how a linear layer's input waits for the backward pass: codes (4.5 bits an element), operands (codes, but X^T in BF16 if it comes from X) or values (BF16, quantized again)");
   table.push_back({"set", 0, "FIELD=VALUE", "override one field of the recipe, such as dgrad.dy.rounding=nearest; may be repeated", "", [&o](const std::string& v) { o.set.push_back(v); }});
   integer("bf16-first", 0, &o.bf16_first, 0, 10000, "keep the first N blocks in BF16");
   integer("bf16-last", 0, &o.bf16_last, -1, 10000, "keep the last N blocks in BF16; -1: as the recipe says");
@@ -195,7 +195,7 @@ Options parse_options(int argc, char** argv) {
     for (const std::string& a : allowed) { if (value == a) return; names += (names.empty() ? "" : ", ") + a; }
     die_usage("--%s %s: allowed are %s", option, value.c_str(), names.c_str());
   };
-  one_of("keep", o.keep, {"codes", "values"});
+  one_of("keep", o.keep, {"codes", "operands", "values"});
   one_of("adam-m", o.adam_m, {"fp32", "bf16", "fp8"});
   one_of("adam-v", o.adam_v, {"fp32", "bf16"});
   one_of("adam-scale", o.adam_scale, {"fp32", "e8m0"});
@@ -494,7 +494,7 @@ const char* needs_values(const Model& m) {
   if (c.may_switch && m.recipe.quantizes() && (c.late.wgrad.x.format == Format::bf16 || c.late.wgrad.x.source != m.recipe.wgrad.x.source)) return "the backward pass after the switch to BF16 reads X itself";
   return nullptr;
 }
-bool keeps_codes(const Model& m) { return m.keep == Keep::codes && !needs_values(m); }
+bool keeps_codes(const Model& m) { return m.keep != Keep::values && !needs_values(m); }
 // Does the backward pass of block l read the inputs of its linear layers themselves? Not if it works from their FP4 form. (The attention output
 // is always kept, attention's backward pass reads it: there X^T is not packed as well.)
 bool keeps_linear_inputs(const Model& m, int l) {
@@ -532,9 +532,9 @@ void allocate_model(Model& m, bool print) {
     for (int i = 0; m.training && i < 4; i++)
       want_linear_saved(codes ? x.saved[i] : m.again, m.block_recipe(l), (int)T, layer_shapes(m)[i].K, layer_shapes(m)[i].N, [&](auto** where, size_t n) {
         packed += codes * n * sizeof(**where);
-        if (codes) a.want(where, n, "packed inputs and weights for backward");
+        if (codes) a.want(where, n, m.keep == Keep::codes ? "packed inputs and weights for backward" : "quantized inputs and weights for backward");
         else again[where] = max(again[where], n * sizeof(**where));
-      }, codes && i != 1);
+      }, codes && i != 1, m.keep == Keep::operands && fp4_way_of(m.block_recipe(l).wgrad.dy, m.block_recipe(l).wgrad.x, m.scratch.ways) == GemmWay::emulated);
     a.want(&x.ln1_mean, T, kept); a.want(&x.ln1_rstd, T, kept); a.want(&x.ln2_mean, T, kept); a.want(&x.ln2_rstd, T, kept); a.want(&x.lse, T * c.heads, kept);
   }
   for (auto& [where, bytes] : again) a.want((char**)where, bytes, "a layer's inputs and weights, packed again");
@@ -580,8 +580,8 @@ void allocate_model(Model& m, bool print) {
   }
   if (print) a.print_table();
   const char* full = sizeof(floatX) == 2 ? "BF16" : "FP32";
-  if (print && left_out) printf("  --keep codes: the backward pass keeps %.1f MB of packed inputs and weights, and not %.1f MB of inputs in %s\n", packed / 1e6, left_out / 1e6, full);
-  if (print && m.training && m.recipe.quantizes() && m.keep == Keep::codes && !codes) printf("  --keep values, not codes: %s; inputs wait in %s, and are quantized again\n", needs_values(m), full);
+  if (print && left_out) printf("  --keep %s: the backward pass keeps %.1f MB of %s inputs and weights, and not %.1f MB of inputs in %s\n", m.keep == Keep::codes ? "codes" : "operands", packed / 1e6, m.keep == Keep::codes ? "packed" : "quantized", left_out / 1e6, full);
+  if (print && m.training && m.recipe.quantizes() && m.keep != Keep::values && !codes) printf("  --keep values, not codes: %s; inputs wait in %s, and are quantized again\n", needs_values(m), full);
   a.take();
   if (m.training) { m.dfinal = m.datt = m.dnorm; m.dqkv = m.dact; if (!c.llama) m.dfc = m.dact; }
   // Not all three in one buffer: GELU's GEMM writes act while it reads ln2, and X^T is packed from ln2 after it.
@@ -1316,7 +1316,7 @@ int main(int argc, char** argv) {
   m.V = round_up(m.config.vocab, 128);
   m.training = !o.eval_only;
   configure_control(m, o);
-  m.keep = o.keep == "values" ? Keep::values : Keep::codes;
+  m.keep = o.keep == "values" ? Keep::values : o.keep == "operands" ? Keep::operands : Keep::codes;
   make_params(m);
 
   std::string machine;

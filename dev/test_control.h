@@ -990,7 +990,7 @@ inline void test_control_errors() {
                         {"OutControl in a run that ends before its choice", "--steps 100 --outliers outcontrol", "--outlier-start"},
                         {"OutControl that chooses inside a window of OsciReset", "--steps 1000 --outliers outcontrol --outlier-start 790 --oscillation osci-reset", "under the window"},
                         {"an unknown format of m", "--adam-m fp4", "bf16, fp8"},
-                        {"an unknown form to keep", "--keep 2", "codes, values"},
+                        {"an unknown form to keep", "--keep 2", "codes, operands, values"},
                         {"v in FP8", "--adam-v fp8", "fp32, bf16"},
                         {"a share above 1", "--bf16-from 1.5", "--bf16-from"}};
   for (const Case& c : cases) {
@@ -1347,11 +1347,11 @@ inline void test_keep_model() {
     return r;
   };
   auto compare = [&](const char* recipe, GemmWay way, int steps, const std::vector<std::string>& set = {}) {
-    const Run codes = run(recipe, set, way, Keep::codes, steps), values = run(recipe, set, way, Keep::values, steps);
+    const Run codes = run(recipe, set, way, Keep::codes, steps), operands = run(recipe, set, way, Keep::operands, steps), values = run(recipe, set, way, Keep::values, steps);
     std::string words;
     for (const std::string& s : set) words += " --set " + s;
-    check(recipe + words + (config.llama ? "" : ", GPT-2") + (way == GemmWay::mma ? ", through the mma kernel: " : ": ") + std::to_string(steps) + " steps with --keep codes and with --keep values give the same losses and weights, bit for bit",
-          codes.weights == values.weights && codes.losses == values.losses && codes.codes && !values.codes, "loss %.5f", codes.losses.back());
+    check(recipe + words + (config.llama ? "" : ", GPT-2") + (way == GemmWay::mma ? ", through the mma kernel: " : ": ") + std::to_string(steps) + " steps with --keep codes, operands and values give the same losses and weights, bit for bit",
+          codes.weights == values.weights && codes.losses == values.losses && codes.weights == operands.weights && codes.losses == operands.losses && codes.codes && operands.codes && !values.codes, "loss %.5f", codes.losses.back());
   };
   auto bytes = [&](const char* recipe, Keep keep) {                     // of everything, with enough tokens that the inputs outweigh the padding of scales
     Model m;
@@ -1363,7 +1363,9 @@ inline void test_keep_model() {
   };
   for (const Recipe& row : recipe_table()) {
     compare(row.name.c_str(), GemmWay::emulated, 3);
-    const double codes = bytes(row.name.c_str(), Keep::codes), values = bytes(row.name.c_str(), Keep::values);
+    const double codes = bytes(row.name.c_str(), Keep::codes), operands = bytes(row.name.c_str(), Keep::operands), values = bytes(row.name.c_str(), Keep::values);
+    const bool xt = can_save_xt(row);
+    check(row.name + ": --keep operands takes " + (xt ? "more memory" : "the same"), xt ? operands > codes : operands == codes, "%.2f and %.2f MB", codes / 1e6, operands / 1e6);
     // Of two blocks, with 1024 tokens: ln1, ln2 and act, 2 x 1024 x (64 + 64 + 160) elements, less the one set that passes by; FP4 keeps a third of it.
     const double inputs = 2 * 1024. * (64 + 64 + 160) * sizeof(floatX), passing = 1024. * 160 * sizeof(floatX);
     if (row.wgrad.x.format == Format::bf16) check(row.name + ": nothing is quantized, so --keep changes no memory", codes == values, "%.2f and %.2f MB", codes / 1e6, values / 1e6);

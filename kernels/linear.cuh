@@ -120,7 +120,8 @@ struct LinearSaved {
   Operand4 xt;                              // wgrad's X^T; not there: the backward pass quantizes it from X
   bool again = false;                       // --keep values: the backward pass fills x and w, from X and W. (Then all layers may share the memory.)
 };
-enum class Keep { codes, values };          // how X waits for the backward pass
+// How X waits for the backward pass: as codes; so, but X^T, where it is quantized as soon as X is there, as the values that wgrad's GEMM reads; X itself.
+enum class Keep { codes, operands, values };
 inline bool from_forward_pass(const OperandRecipe& o) { return o.format != Format::bf16 && o.source == Source::forward; }
 inline bool uses_dge(const Recipe& r) {
   return r.estimator.w == Estimator::dge && r.fprop.w.format != Format::bf16 && r.fprop.w.format != Format::exact;
@@ -131,8 +132,9 @@ inline bool saves_w(const Recipe& r) { return from_forward_pass(r.dgrad.w) || r.
 inline bool can_save_xt(const Recipe& r) { return r.wgrad.x.format != Format::bf16 && r.wgrad.x.format != Format::exact && r.wgrad.x.source == Source::original; }
 // Does the backward pass read X itself? Unless it has xt, or X in its FP4 form.
 inline bool keeps_x(const Recipe& r) { return !from_forward_pass(r.wgrad.x); }
-// Calls want(pointer to a pointer, number of elements) for each array that the recipe's LinearSaved needs. with_xt: also X^T, if the recipe can.
-template <class Want> void want_linear_saved(LinearSaved& s, const Recipe& r, int T, int K, int N, Want want, bool with_xt = false) {
+// Calls want(pointer to a pointer, number of elements) for each array that the recipe's LinearSaved needs. with_xt: also X^T, if the recipe can;
+// in BF16 with xt_values, which is for the emulation: 16 bits an element, and nothing to unpack.
+template <class Want> void want_linear_saved(LinearSaved& s, const Recipe& r, int T, int K, int N, Want want, bool with_xt = false, bool xt_values = false) {
   auto operand = [&](Operand4& o, const OperandRecipe& how, int rows, int cols, bool mask) {
     const PackedBytes b = packed_bytes(how, rows, cols, mask);
     if (b.codes) want(&o.codes, b.codes);
@@ -143,7 +145,8 @@ template <class Want> void want_linear_saved(LinearSaved& s, const Recipe& r, in
   };
   if (saves_x(r)) operand(s.x, r.fprop.x, T, K, r.estimator.x == Estimator::quest_mask);
   if (saves_w(r)) operand(s.w, r.fprop.w, N, K, r.estimator.w == Estimator::quest_mask);
-  if (with_xt && can_save_xt(r)) operand(s.xt, r.wgrad.x, K, T, false);
+  if (with_xt && can_save_xt(r) && xt_values) want(&s.xt.values, (size_t)K * operand_ld(rotated_cols(T, r.wgrad.x.rht)));
+  else if (with_xt && can_save_xt(r)) operand(s.xt, r.wgrad.x, K, T, false);
 }
 
 // ------------------------------------------------------------------ operands
@@ -237,14 +240,14 @@ inline void save_operand(const OperandRecipe& how, OperandPlace place, const flo
 // And what became of it: ready for FP4 tensor cores as it is; for the emulation, its values.
 inline ReadyOperand saved_operand(const OperandRecipe& how, OperandPlace place, const Operand4& saved, const LinearScratch& s) {
   Operand4 out = saved;
-  if (place.way == GemmWay::emulated) {
+  if (place.way == GemmWay::emulated && !out.values) {
     out.values = s.values[place.which != place.first];
     unpack_values(out, how);
   }
   return {out.values, out.ld, false, out.amax, how, out};
 }
 inline OperandPlace xt_place(LinearKey key) { return {kWgradX, kWgradDy, key, GemmWay::emulated}; }
-inline bool saves_xt(const Recipe& r, const LinearSaved* saved) { return saved && saved->xt.codes && can_save_xt(r); }
+inline bool saves_xt(const Recipe& r, const LinearSaved* saved) { return saved && (saved->xt.codes || saved->xt.values) && can_save_xt(r); }
 // X^T as it waits, and dY^T's place: where X^T waits, its maximum has been known for long, and it is dY^T that comes last.
 inline ReadyOperand packed_xt(const Recipe& r, const LinearSaved* saved) {
   return saves_xt(r, saved) ? ReadyOperand{nullptr, saved->xt.ld, false, saved->xt.amax, r.wgrad.x, saved->xt} : ReadyOperand{};
