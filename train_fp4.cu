@@ -485,7 +485,7 @@ struct RunState {
 // What watches over training and changes it late: oscillation and outlier control, precision. It needs the Model.
 #include "train_control.cuh"       // defines: configure_control, want_control, layer_control, choose_precision, choose_outliers, oscillation_step
 
-// Why a run must keep the inputs of its linear layers themselves, although --keep codes was asked for; null if it need not.
+// Why a run must keep the inputs of its linear layers themselves, although --keep codes or operands was asked for; null if it need not.
 const char* needs_values(const Model& m) {
   const Control& c = m.control;
   if (c.outliers != "none") return "outlier control reads X in the backward pass";
@@ -580,8 +580,9 @@ void allocate_model(Model& m, bool print) {
   }
   if (print) a.print_table();
   const char* full = sizeof(floatX) == 2 ? "BF16" : "FP32";
-  if (print && left_out) printf("  --keep %s: the backward pass keeps %.1f MB of %s inputs and weights, and not %.1f MB of inputs in %s\n", m.keep == Keep::codes ? "codes" : "operands", packed / 1e6, m.keep == Keep::codes ? "packed" : "quantized", left_out / 1e6, full);
-  if (print && m.training && m.recipe.quantizes() && m.keep != Keep::values && !codes) printf("  --keep values, not codes: %s; inputs wait in %s, and are quantized again\n", needs_values(m), full);
+  const char* form = m.keep == Keep::codes ? "codes" : "operands";
+  if (print && left_out) printf("  --keep %s: the backward pass keeps %.1f MB of %s inputs and weights, and not %.1f MB of inputs in %s\n", form, packed / 1e6, m.keep == Keep::codes ? "packed" : "quantized", left_out / 1e6, full);
+  if (print && m.training && m.recipe.quantizes() && m.keep != Keep::values && !codes) printf("  --keep values, not %s: %s; inputs wait in %s, and are quantized again\n", form, needs_values(m), full);
   a.take();
   if (m.training) { m.dfinal = m.datt = m.dnorm; m.dqkv = m.dact; if (!c.llama) m.dfc = m.dact; }
   // Not all three in one buffer: GELU's GEMM writes act while it reads ln2, and X^T is packed from ln2 after it.
@@ -675,7 +676,7 @@ void norm_forward(const Model& m, floatX* out, float* mean, float* rstd, const f
 // Random streams: four linear layers a block.
 LinearKey linear_key(const Model& m, uint32_t micro_step, int layer, int which) { return {m.seed, micro_step, (uint32_t)(layer * 4 + which)}; }
 
-// max|W| of every linear layer that is going to ask for it.
+// max|W| of every linear layer whose recipe takes it. (Outlier control and Q-EMA, which quantize other weights, search for theirs.)
 void find_weight_maxima(Model& m) {
   std::vector<const floatX*> weights;
   std::vector<size_t> elements;

@@ -1403,9 +1403,10 @@ inline void test_keep_forced() {
 inline void test_keep_program() {
   if (!file_exists(program_path("train_fp4"))) { skip("--keep in the program", "train_fp4 does not stand beside this program"); return; }
   const std::string t = temp_dir() + "/keep", run = "--model llama:1M --train 'kernels/*.cuh' --batch 16 --seq 64 --steps 2 --val-batches 1 --val-every 0 --sample-length 0 --recipe nvfp4 ";
-  const ChildResult codes = train_program(run + "--out " + t + "/codes"), values = train_program(run + "--keep values --out " + t + "/values"), occ = train_program(run + "--outliers occ --out " + t + "/occ");
+  const ChildResult codes = train_program(run + "--out " + t + "/codes"), operands = train_program(run + "--keep operands --out " + t + "/operands"), values = train_program(run + "--keep values --out " + t + "/values"), occ = train_program(run + "--outliers occ --out " + t + "/occ");
   auto total = [](const ChildResult& r) { const size_t at = r.output.find("\n  total"); return at == std::string::npos ? -1.0 : atof(r.output.c_str() + at + 8); };
   check("nvfp4 with --keep values takes more memory, says so in its table, and ends with the same bits", codes.exit_code == 0 && values.exit_code == 0 && total(codes) > 0 && total(codes) < total(values) && same_weights(t + "/codes/step_000002", t + "/values/step_000002"), "%.1f and %.1f MB", total(codes), total(values));
+  check("so it does with --keep operands, and says how much waits", operands.exit_code == 0 && total(codes) < total(operands) && operands.output.find("  --keep operands: the backward pass keeps ") != std::string::npos && same_weights(t + "/codes/step_000002", t + "/operands/step_000002"), "%.1f and %.1f MB", total(codes), total(operands));
   check("the table says what --keep codes leaves out", codes.output.find("  --keep codes: the backward pass keeps ") != std::string::npos && values.output.find("--keep codes") == std::string::npos);
   check("outlier control makes it --keep values, and a line says why", occ.exit_code == 0 && occ.output.find("  --keep values, not codes: outlier control") != std::string::npos, "exit %d", occ.exit_code);
 }
@@ -1425,7 +1426,7 @@ inline void test_control() {
     test_outcontrol_model();
   }
   if (section("precision late in training")) { test_switches(); test_monitor(); }
-  if (section("--keep: codes or values for the backward pass")) { test_unpack(); test_keep_layer(); test_keep_forced(); }
+  if (section("--keep: codes, operands or values for the backward pass")) { test_unpack(); test_keep_layer(); test_keep_forced(); }
   if (section("GELU after a linear layer")) test_gelu_layer();
 }
 // The program, with options of control, and what takes long. Needs ./train_fp4 beside this program.

@@ -106,7 +106,8 @@ __host__ __device__ inline uint32_t format_function(int which, float x, float u)
         const float a = x != x ? 6.0f : fminf(fabsf(x), 0x1p126f);
         code[at] = e2m1_sign(x) | min((int)(e2m1_lifted_sr(a, e2m1_byte_part(bytes, at, 0x7fff), 4) >> 24), 7);
 #ifdef CPU_BUILD
-        if (code[at] != (e2m1_sign(x) | e2m1_index(e2m1_round_byte(fabsf(x), bytes, at)))) code[at] = 98;
+        const float8 eight = e2m1_round_bytes8(float8{} + x, all8(bytes >> 8 * at & 0xff));              // the CPU's
+        for (int j = 0; j < 8; j++) if (code[at] != (e2m1_sign(x) | e2m1_index(eight[j]))) code[at] = 98;
 #endif
       }
       return (uint32_t)(code[0] == code[1] && code[0] == code[2] && code[0] == code[3] ? code[0] : 99);

@@ -70,21 +70,8 @@ __host__ __device__ __forceinline__ float e2m1_round_sr(float a, float u) {
 }
 // The middle of the r-th of 256 intervals of [0, 1): (2r + 1) / 512.
 __host__ __device__ __forceinline__ float byte_uniform(uint32_t r) { return bits_float(0x3f804000u | r << 15) - 1.0f; }
-#ifdef CPU_BUILD
-// x >= 0 up to the next integer, plus 1.5 * 2^23: the integer stands in the last bits of the sum.
-inline float ceil_plus_magic(float x) { return ceilf(x) + 12582912.0f; }
-// e2m1_round_sr(a, byte_uniform(r)) for a CPU; 255 - r is byte `which` of `complements`. In units of step/512 a value is n = ceil(512 a/step), and it goes
-// up where adding 510 - 2r to the part of n below 512 carries.
-__forceinline__ float e2m1_round_byte(float a, uint32_t complements, int which) {
-  a = e2m1_saturate(a);
-  const uint32_t binade = e2m1_binade(a);
-  const float n = ceil_plus_magic(a * bits_float((264u << 23) - binade));                 // 1024 / binade
-  const float down = bits_float((float_bits(n) + 2 * (complements >> 8 * which & 0xff)) & ~511u);
-  return (down - 12582912.0f) * bits_float(binade - (10u << 23));
-}
-#endif
-// The same for a GPU, where operations are what bounds the quantizers: its index, of 0 <= a < 2^127, as the upper byte; below it is what is left over.
-// A value too large has an index above 7. The bits of a * 2^-126, be it denormal, are its place on the grid (compare e2m1_magnitude()), in units of
+// e2m1_round_sr(a, byte_uniform(r)) for a GPU, where operations are what bounds the quantizers: its index, of 0 <= a <= 2^126, as the upper byte; below it
+// is what is left over. A value too large has an index above 7. The bits of a * 2^-126, be it denormal, are its place on the grid (compare e2m1_magnitude()), in units of
 // 2^-22 steps; rounded up, so that the least excess counts. It goes up where the byte, and a half less a unit, in units of 2^-8 steps carry into it.
 // All that four times as large. part: e2m1_byte_part(); four: 4.
 __host__ __device__ __forceinline__ uint32_t e2m1_lifted_sr(float a, uint32_t part, uint32_t four) {

@@ -6,7 +6,8 @@
 //
 // What the forward leaves for the backward (LinearSaved): where dgrad.w or wgrad.x says `source forward`, the packed codes and scales of W or X;
 // where wgrad.x says `source original`, those of X^T, quantized as soon as X is there: 4.5 bits an element (FP8: 8) instead of the 16 of X in
-// BF16, which need not be kept. Further QuEST's masks, one bit an element; and the scales of W for DGE.
+// BF16, which need not be kept. Further QuEST's masks, one bit an element; and the scales of W for DGE. With `--keep operands` X^T waits as the values that
+// the emulated GEMM reads: 16 bits again, but nothing to unpack.
 // The other way, `--keep values`: X is kept itself, and the backward pass quantizes everything again, with the same random numbers: the same bits.
 // Bias, residual and GELU go in with fprop's GEMM (LinearEpilogue), GELU where that GEMM can (run_gemm()); SwiGLU is another kernel's work.
 #pragma once
@@ -113,7 +114,7 @@ inline bool linear_needs_rotated(const Recipe& r) {
 // gelu_input [T,N]: takes that sum, and Y its GELU, which then must not lie where X does. null: Y is the sum.
 struct LinearEpilogue { const floatX *bias = nullptr, *residual = nullptr; floatX* gelu_input = nullptr; };
 
-// What the forward pass leaves for the backward pass of one layer: packed operands. Allocated with want_linear_saved(), but for their maxima, which
+// What the forward pass leaves for the backward pass of one layer: packed operands (xt: or values). Allocated with want_linear_saved(), but for their maxima, which
 // are Scalars.
 struct LinearSaved {
   Operand4 x, w;                            // of fprop, for double quantization
@@ -227,7 +228,7 @@ inline ReadyOperand prepare_forward_operand(const OperandRecipe& how, OperandPla
   quantize(out, saved, saved_how, q, s.tiles);
   return ready_operand(out, q);
 }
-// The packed form alone, for later: x, or x^T, into the arrays of `save`.
+// What waits, packed or as values, alone: x, or x^T, into the arrays of `save`.
 inline void save_operand(const OperandRecipe& how, OperandPlace place, const floatX* x, int rows, int cols, bool transpose, const LinearScratch& s,
                          Operand4* save) {
   save->rows = transpose ? cols : rows;

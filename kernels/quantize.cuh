@@ -140,9 +140,11 @@ struct BlockHow {
   template <class Rows> __device__ __forceinline__ bool scales_input() const {
     return recipe.rht == 16 && Rows::kFewBits && recipe.outer == Outer::tensor;
   }
-  // Or that waits until a block is divided by its scale: 1/4 of a row with outer scales, on a GPU. Then row() returns it as if it were 1.
+  // Or that waits until a block is divided by its scale: 1/4 of a row with outer scales, on a GPU. Then row() returns it as if it were 1. (Four over six
+  // looks at a block before it is divided.)
   __device__ __forceinline__ float late_factor() const {
-    return !kOnCpu && recipe.format == Format::nvfp4 && recipe.rht == 16 && recipe.outer == Outer::b1x128 ? 0.25f : 1.0f;
+    const bool divided = recipe.format == Format::nvfp4 && recipe.outer == Outer::b1x128 && recipe.scale != ScaleRule::four_six;
+    return !kOnCpu && divided && recipe.rht == 16 && !rounds_rotated(recipe) ? 0.25f : 1.0f;
   }
   // A row of the operand as it will be rounded; and its max|v| as bits, where a thread has one block. Padding that a rotation has left as -0 is 0 again.
   // known: null, or InputSigns. Two BF16 in a word are one operation less than two floats: in the search for the maximum, and in rounding.
@@ -290,7 +292,8 @@ template <class T> void amax_of_arrays(float* amax, const T* const* x, const siz
 __forceinline__ float8 abs8(float8 v) { return (float8)((word8)v & 0x7fffffffu); }
 __forceinline__ word8 e2m1_binade8(float8 a) { const word8 b = (word8)a & 0x7f800000u, one = all8(0x3f800000u); return b > one ? b : one; }
 __forceinline__ float8 e2m1_saturate8(float8 a) { const float8 six = float8{} + 6.0f; return a < six ? a : six; }
-// e2m1_round(|v|), and e2m1_round_byte(|v|, byte) of eight
+// e2m1_round(|v|) of eight; and e2m1_round_sr(|v|, byte_uniform(r)), 255 - r being the complement. In units of step/512 a value is n = ceil(512 a/step), and
+// it goes up where adding 510 - 2r to the part of n below 512 carries. Adding 1.5 * 2^23 leaves an integer in the last bits of a float.
 __forceinline__ float8 e2m1_round8(float8 v) {
   const float8 a = e2m1_saturate8(abs8(v)), magic = (float8)(e2m1_binade8(a) + (22u << 23));
   return (a + magic) - magic;
@@ -299,7 +302,7 @@ __forceinline__ float8 e2m1_round_bytes8(float8 v, word8 complement) {
   const float8 a = e2m1_saturate8(abs8(v)), magic = float8{} + 12582912.0f, zero = {}, one = zero + 1.0f;
   const word8 binade = e2m1_binade8(a);
   const float8 x = a * (float8)((264u << 23) - binade), nearest = x + magic;
-  const float8 n = nearest + (nearest - magic < x ? one : zero);                                 // ceil_plus_magic(x)
+  const float8 n = nearest + (nearest - magic < x ? one : zero);                                 // rounded up
   return ((float8)(((word8)n + 2 * complement) & ~511u) - magic) * (float8)(binade - (10u << 23));
 }
 __forceinline__ word8 load_bytes8(const void* p) {
@@ -503,8 +506,9 @@ template <int kN> __device__ __forceinline__ void clear_block(const Operand4& ou
   if (out.values) for (int j = 0; j < kN; j++) out.values[at + j] = from_float<floatX>(0);
 }
 // v / d, correctly rounded, in three operations, as the compiler's own division has them once it has found 1/d, which here is found once for all v: a
-// first quotient, off by a unit of its last place at most, and its remainder, which is exact, times the rounded 1/d (P. Markstein, IBM J. Res. Dev. 34,
-// 1990); as long as nothing leaves the normal range. The remainder is taken as q d - v: a zero keeps its sign.
+// first quotient, and its remainder times the rounded 1/d (P. Markstein, IBM J. Res. Dev. 34, 1990), as long as nothing leaves the normal range. The first
+// quotient is off by less than one and a half units of its last place, by less than one where the true one lies next to the middle of two floats, and there
+// the remainder is exact: the test constructs these. It is taken as q d - v: a zero keeps its sign.
 struct Divisor {
   float d, reciprocal;
   __host__ __device__ __forceinline__ explicit Divisor(float divisor) : Divisor(divisor, 1.0f / divisor) {}
