@@ -519,10 +519,10 @@ struct Divisor {
   }
 };
 // Infinities have an infinite d. Quotients below 2^-126 may be off by their last place: far below the grid, they become 0 all the same.
-// factor: of v, a power of two.
+// factor: of v, 1 or 1/4.
 template <int kN> __device__ __forceinline__ void divide_block(float (&v)[kN], float d, float factor = 1) {
   if (divides(d)) {
-    const Divisor by(d / factor);
+    const Divisor by(factor == 1 ? d : d * 4);
 #pragma unroll
     for (int j = 0; j < kN; j++) v[j] = by.quotient(v[j]);
   } else {
