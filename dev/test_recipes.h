@@ -1087,7 +1087,9 @@ inline LayerRun run_layer(const Recipe& recipe, const LayerData& d, LinearKey ke
     if (!now) continue;
     X.set(load(now->X)); W.set(load(now->W)); dY.set(load(now->dY)); dW.set(before);
     scalars.start();
-    if (earlier && (takes_plain_max(recipe.fprop.w) || takes_plain_max(recipe.dgrad.w))) find_weight_maxima(scalars, {W.p}, {(size_t)N * K});
+    // with others before and behind it
+    if (earlier && (takes_plain_max(recipe.fprop.w) || takes_plain_max(recipe.dgrad.w)))
+      find_weight_maxima(scalars, {dY.p, W.p, X.p}, {(size_t)T * N, (size_t)N * K, (size_t)T * K});
     linear_forward(Y.p, X.p, W.p, T, K, N, recipe, key, scratch, &saved);
     if (!x_kept) X.set(std::vector<floatX>(X.n, from_float<floatX>(NAN)));          // what need not be kept must not be read
     linear_backward(dX.p, dW.p, dY.p, X.p, W.p, T, K, N, recipe, key, scratch, &saved);
