@@ -49,6 +49,7 @@ __device__ __forceinline__ float e2m1_binade_value(float a) { return fmaxf(bits_
 #endif
 // |v| = a to the nearest grid value; a tie goes to the even index: adding 2^22 powers of two leaves no bits below a step. A GPU does half as many
 // integer operations, minima and maxima in the same time as multiply-adds: there the power of two is a float, and two multiply-adds do the rest.
+// below7: without saturation, for a < 7.
 __host__ __device__ __forceinline__ float e2m1_round_below7(float a) {
 #ifdef __CUDA_ARCH__
   const float binade = e2m1_binade_value(a);
@@ -71,8 +72,9 @@ __host__ __device__ __forceinline__ float e2m1_round_sr(float a, float u) {
 // The middle of the r-th of 256 intervals of [0, 1): (2r + 1) / 512.
 __host__ __device__ __forceinline__ float byte_uniform(uint32_t r) { return bits_float(0x3f804000u | r << 15) - 1.0f; }
 // e2m1_round_sr(a, byte_uniform(r)) for a GPU, where operations are what bounds the quantizers: its index, of 0 <= a <= 2^126, as the upper byte; below it
-// is what is left over. A value too large has an index above 7. The bits of a * 2^-126, be it denormal, are its place on the grid (compare e2m1_magnitude()), in units of
-// 2^-22 steps; rounded up, so that the least excess counts. It goes up where the byte, and a half less a unit, in units of 2^-8 steps carry into it.
+// is what is left over. A value too large has an index above 7. The bits of a * 2^-126, be it denormal, are its place on the grid (compare
+// e2m1_magnitude()), in units of 2^-22 steps; rounded up, so that the least excess counts. It goes up where the byte, and a half less a unit, in units
+// of 2^-8 steps carry into it.
 // All that four times as large. part: e2m1_byte_part(); four: 4.
 __host__ __device__ __forceinline__ uint32_t e2m1_lifted_sr(float a, uint32_t part, uint32_t four) {
 #ifdef __CUDA_ARCH__

@@ -114,8 +114,8 @@ inline bool linear_needs_rotated(const Recipe& r) {
 // gelu_input [T,N]: takes that sum, and Y its GELU, which then must not lie where X does. null: Y is the sum.
 struct LinearEpilogue { const floatX *bias = nullptr, *residual = nullptr; floatX* gelu_input = nullptr; };
 
-// What the forward pass leaves for the backward pass of one layer: packed operands (xt: or values). Allocated with want_linear_saved(), but for their maxima, which
-// are Scalars.
+// What the forward pass leaves for the backward pass of one layer: packed operands (xt: or values). Allocated with want_linear_saved(), but for
+// their maxima, which are Scalars.
 struct LinearSaved {
   Operand4 x, w;                            // of fprop, for double quantization
   Operand4 xt;                              // wgrad's X^T; not there: the backward pass quantizes it from X
