@@ -73,8 +73,9 @@ inline SignBits fresh_signs(uint64_t seed, uint32_t step, uint32_t stream) {
   return {w[0] | (uint64_t)w[1] << 32, w[2] | (uint64_t)w[3] << 32};
 }
 // y = (x * s) H_n / sqrt(n) of n FP32 values in place: negate, butterflies (a, b) -> (a + b, a - b) of distance 1, 2, 4, ..., at last
-// times the FP32 number nearest to 1/sqrt(n).
-inline void rht_fp32(float* v, int n, const SignBits& signs) {
+// times the FP32 number nearest to 1/sqrt(n). sums: without that.
+inline float rht_factor(int n) { return (float)(1 / std::sqrt((double)n)); }
+inline void rht_fp32(float* v, int n, const SignBits& signs, bool sums = false) {
   for (int i = 0; i < n; i++) if (negated(signs, i)) v[i] = -v[i];
   for (int distance = 1; distance < n; distance *= 2)
     for (int i = 0; i < n; i++)
@@ -83,8 +84,7 @@ inline void rht_fp32(float* v, int n, const SignBits& signs) {
         v[i] = a + b;
         v[i + distance] = a - b;
       }
-  float factor = (float)(1 / std::sqrt((double)n));
-  for (int i = 0; i < n; i++) v[i] *= factor;
+  if (!sums) for (int i = 0; i < n; i++) v[i] *= rht_factor(n);
 }
 // The same by the definition of the matrix, in double.
 inline Array rht_exact(const Array& x, const SignBits& signs) {
@@ -100,7 +100,7 @@ inline Array rht_exact(const Array& x, const SignBits& signs) {
 
 enum class Kind { exact, nvfp4, mxfp4, vector, e4m3, e5m2, mxfp8 };
 enum class Round { nearest, stochastic, eden16, eden128 };
-enum class Scale { standard, up, headroom, four_six, ocp, quest_floor, quest_nearest, range34 };
+enum class Scale { standard, up, headroom, four_six, ocp, quest_floor, quest_nearest, range34, post_hoc };
 
 struct Quantizer {
   Kind kind = Kind::exact;
@@ -120,6 +120,7 @@ struct Quantized {
   int block = 0;                         // elements under one scale byte (0: there are none)
   float amax = 0;                        // max|input|
   std::vector<float> input;              // [rows, width], what was rounded: after transposition and rotation
+  float waiting = 1;                     // a factor of `input` that is not in it yet
   std::vector<uint8_t> codes;            // [rows, width] E2M1 codes or FP8 bytes
   std::vector<uint8_t> scales;           // [rows, width / block]
   std::vector<uint8_t> mask;             // [rows, width] QuEST: |x / scale| < 6
@@ -135,11 +136,11 @@ inline double element_uniform(const Quantizer& how, uint64_t block16, int j) {
   Counter w = philox4x32_10({(uint32_t)block16, (uint32_t)(block16 >> 32), how.step, how.stream}, {(uint32_t)how.seed, (uint32_t)(how.seed >> 32)});
   return (2 * (int)(w[j / 4] >> (8 * (j % 4)) & 255) + 1) / 512.;
 }
-// Of the scale of block b in row r. Rows r, r + 4, r + 8 and r + 12 of sixteen share a draw, a word each.
-inline double scale_uniform(const Quantizer& how, uint64_t r, uint64_t b, uint64_t blocks) {
+// Of the scale of block b in row r: 16 bits, from `bit` on. Rows r, r + 4, r + 8 and r + 12 of sixteen share a draw, a word each.
+inline double scale_uniform(const Quantizer& how, uint64_t r, uint64_t b, uint64_t blocks, int bit = 0) {
   uint64_t block16 = (4 * (r / 16) + r % 4) * blocks + b;
   Counter w = philox4x32_10({(uint32_t)block16, (uint32_t)(block16 >> 32), how.step, how.stream}, {(uint32_t)how.seed, (uint32_t)(how.seed >> 32)});
-  return (2. * (w[r % 16 / 4] & 0xffff) + 1) / 131072.;
+  return (2. * (w[r % 16 / 4] >> bit & 0xffff) + 1) / 131072.;
 }
 // Codes of n (16 or 32) scaled values v, the first of which lies in 16-block block16.
 inline void round_e2m1(uint8_t* codes, const float* v, int n, const Quantizer& how, uint64_t block16) {
@@ -158,9 +159,11 @@ inline Quantized rotated_operand(const std::vector<float>& x, int src_rows, int 
   q.input.assign((size_t)q.rows * q.width, 0.f);
   for (int r = 0; r < q.rows; r++)
     for (int c = 0; c < q.cols; c++) q.input[(size_t)r * q.width + c] = how.transpose ? x[(size_t)c * src_cols + r] : x[(size_t)r * src_cols + c];
+  const bool sums = how.rht && how.kind == Kind::nvfp4 && how.scale == Scale::post_hoc && !how.rotated_to_bf16;
+  if (sums) q.waiting = rht_factor(how.rht);
   if (how.rht)
     for (int r = 0; r < q.rows; r++)
-      for (int c = 0; c < q.cols; c += how.rht) rht_fp32(&q.input[(size_t)r * q.width + c], how.rht, how.signs);
+      for (int c = 0; c < q.cols; c += how.rht) rht_fp32(&q.input[(size_t)r * q.width + c], how.rht, how.signs, sums);
   if (how.rotated_to_bf16)
     for (float& v : q.input) v = round_bf16(v);
   q.amax = max_abs(q.input.data(), q.input.size());
@@ -305,6 +308,56 @@ inline int floor_log2(double v) {
   std::frexp(v, &e);
   return e - 1;
 }
+// Multiples of an eighth of the power of two at or below x > 0: 4 significant bits.
+inline double e8m3_rn(double x) {
+  double step = std::ldexp(1., floor_log2(x) - 3), n = std::floor(x / step), rest = x / step - n;
+  return (rest > .5 || (rest == .5 && std::fmod(n, 2) == 1) ? n + 1 : n) * step;
+}
+inline double e8m3_sr(double x, double u) {
+  double step = std::ldexp(1., floor_log2(x) - 3), n = std::floor(x / step);
+  return (u < x / step - n ? n + 1 : n) * step;
+}
+// MS-EDEN with post hoc range alignment (Quartet II, section 7): first pseudo-scales of 4 significant bits, whatever their exponents, corrected and
+// rounded stochastically; then the power of two that takes the largest one to 128 .. 240; then E4M3, which rounds only what becomes subnormal.
+inline void nvfp4_post_hoc(Quantized& q, const Quantizer& how) {
+  const float h = q.waiting;
+  const int blocks = q.width / 16, together = how.round == Round::eden128 ? 8 : 1;
+  std::vector<double> pseudo(q.scales.size());
+  for (int r = 0; r < q.rows; r++)
+    for (int b = 0; b < blocks; b += together) {
+      const int end = std::min(b + together, blocks);
+      float vv = 0, vq = 0;
+      for (int i = b; i < end; i++) {
+        const float* y = &q.input[((size_t)r * blocks + i) * 16];
+        const float wanted = max_abs(y, 16) * (h / (float)kEdenScale);
+        if (!std::isfinite(wanted)) { q.stored.assign(q.stored.size(), NAN); return; }
+        const float p = (float)e8m3_rn(std::max(wanted, 0x1p-110f)), inverse = 1.f / p, encode = h * inverse;
+        for (int j = 0; j < 16; j++) {
+          const float v = y[j] * encode;
+          uint8_t code = e2m1_rn(round_bf16(v));
+          if (code == 8) code = 0;                             // no -0
+          vv = std::fma(v, v, vv);
+          vq = std::fma(v, (float)e2m1_value(code), vq);
+          q.codes[((size_t)r * blocks + i) * 16 + j] = code;
+        }
+        pseudo[(size_t)r * blocks + i] = wanted == 0 && max_abs(y, 16) == 0 ? 0 : p;
+      }
+      const float correction = vq == 0 ? 1.f : vv / vq;
+      for (int i = b; i < end; i++) {
+        double& c = pseudo[(size_t)r * blocks + i];
+        if (c != 0) c = e8m3_sr((float)c * correction, scale_uniform(how, r, i, blocks));
+      }
+    }
+  double most = 0;
+  for (double c : pseudo) most = std::max(most, c);
+  q.tensor = most == 0 ? 1 : std::ldexp(1., floor_log2(most) - 7);
+  for (int r = 0; r < q.rows; r++)
+    for (int b = 0; b < blocks; b++) {
+      const size_t i = (size_t)r * blocks + b;
+      q.scales[i] = e4m3_sr((float)(pseudo[i] / q.tensor), scale_uniform(how, r, b, blocks, 16));
+      for (int j = 0; j < 16; j++) q.stored[i * 16 + j] = e2m1_value(q.codes[i * 16 + j]) * e4m3_value(q.scales[i]);
+    }
+}
 inline uint8_t e8m0_byte(int exponent) { return (uint8_t)std::min(254, std::max(0, exponent + 127)); }
 
 // QuEST's scale of 32 rotated values (Quartet, arXiv 2505.14669): Gaussian-optimal, from the standard deviation.
@@ -395,7 +448,7 @@ inline Quantized quantize(const std::vector<float>& x, int src_rows, int src_col
   bool eden = how.round == Round::eden16 || how.round == Round::eden128;
   switch (how.kind) {
     case Kind::exact: for (size_t i = 0; i < q.input.size(); i++) q.stored[i] = q.input[i]; break;
-    case Kind::nvfp4: if (eden) nvfp4_eden(q, how); else if (how.outer128) nvfp4_outer(q, how); else nvfp4_tensor(q, how); break;
+    case Kind::nvfp4: if (eden && how.scale == Scale::post_hoc) nvfp4_post_hoc(q, how); else if (eden) nvfp4_eden(q, how); else if (how.outer128) nvfp4_outer(q, how); else nvfp4_tensor(q, how); break;
     case Kind::mxfp4: mxfp4(q, how); break;
     case Kind::vector: vector_wise(q, how); break;
     case Kind::e4m3: fp8_tensor(q, true); break;
@@ -425,9 +478,9 @@ inline double row_error(const Quantized& q) {
   for (int r = 0; r < q.rows; r++) {
     double error = 0, norm = 0;
     for (size_t i = (size_t)r * q.width; i < (size_t)(r + 1) * q.width; i++) {
-      double d = q.value(i) - q.input[i];
+      double input = (double)q.input[i] * q.waiting, d = q.value(i) - input;
       error += d * d;
-      norm += (double)q.input[i] * q.input[i];
+      norm += input * input;
     }
     total += error / norm;
   }

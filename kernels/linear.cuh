@@ -101,7 +101,7 @@ inline size_t linear_third_elements(int K, int N) { return (size_t)round_up(K, 1
 inline bool linear_wants_third(const Recipe& r) { return pair_is_known(r.dgrad.dy, r.wgrad.dy); }
 inline size_t linear_tile_words(int T, int K, int N) {
   T = round_up(T, 128), K = round_up(K, 128), N = round_up(N, 128);        // a rotated operand has whole groups of columns, and its transpose of rows
-  return max(group_words(T, K), max(group_words(T, N), group_words(N, K)));
+  return max(group_words(T, K), max(group_words(T, N) + group_words(N, T), group_words(N, K)));                   // both copies of dY may need them
 }
 // Does a gradient pass through FP32 scratch on its way (estimator.cuh), or do rotated weights (Q-EMA)?
 inline bool linear_needs_rotated(const Recipe& r) {
@@ -151,13 +151,14 @@ template <class Want> void want_linear_saved(LinearSaved& s, const Recipe& r, in
 }
 
 // ------------------------------------------------------------------ operands
-// An operand ready for the GEMM. amax: null for a tensor that is not quantized. data: null where it is packed. alpha: of the GEMM, if the kernel that
+// An operand ready for the GEMM. amax: null where alpha takes no factor for it. data: null where it is packed. alpha: of the GEMM, if the kernel that
 // made this operand writes it.
 struct ReadyOperand {
   const floatX* data; int ld; bool transposed; const float* amax;
   OperandRecipe how;
   Operand4 packed;
   const float* alpha = nullptr;
+  bool quantized() const { return how.format != Format::bf16; }
 };
 
 // How the GEMM of two such operands runs: on FP4 tensor cores where both are FP4 with the same scales and there is a way for these.
@@ -189,7 +190,7 @@ inline QuantizeHow quantize_how(const OperandRecipe& how, OperandPlace place, bo
   return q;
 }
 inline ReadyOperand ready_operand(const Operand4& out, const QuantizeHow& q) {
-  return {out.values, out.ld, false, out.amax, q.recipe, out, q.alpha.alpha};
+  return {out.values, out.ld, false, amax_for_alpha(out, q.recipe), q.recipe, out, q.alpha.alpha};
 }
 // The frame of an operand from a source of [rows, cols], before transposition; its arrays are those of `save`, else of the scratch.
 inline Operand4 operand_frame(const OperandRecipe& how, OperandPlace place, int rows, int cols, bool transpose, const LinearScratch& s,
@@ -245,16 +246,16 @@ inline ReadyOperand saved_operand(const OperandRecipe& how, OperandPlace place, 
     out.values = s.values[place.which != place.first];
     unpack_values(out, how);
   }
-  return {out.values, out.ld, false, out.amax, how, out};
+  return {out.values, out.ld, false, amax_for_alpha(saved, how), how, out};
 }
 inline OperandPlace xt_place(LinearKey key) { return {kWgradX, kWgradDy, key, GemmWay::emulated}; }
 inline bool saves_xt(const Recipe& r, const LinearSaved* saved) { return saved && (saved->xt.codes || saved->xt.values) && can_save_xt(r); }
 // X^T as it waits, and dY^T's place: where X^T waits, its maximum has been known for long, and it is dY^T that comes last.
 inline ReadyOperand packed_xt(const Recipe& r, const LinearSaved* saved) {
-  return saves_xt(r, saved) ? ReadyOperand{nullptr, saved->xt.ld, false, saved->xt.amax, r.wgrad.x, saved->xt} : ReadyOperand{};
+  return saves_xt(r, saved) ? ReadyOperand{nullptr, saved->xt.ld, false, amax_for_alpha(saved->xt, r.wgrad.x), r.wgrad.x, saved->xt} : ReadyOperand{};
 }
 inline OperandPlace dyt_place(const Recipe& r, LinearKey key, const LinearScratch& s, const ReadyOperand& xt) {
-  return {kWgradDy, kWgradDy, key, fp4_way_of(r.wgrad.dy, r.wgrad.x, s.ways), xt.amax ? &xt : nullptr};
+  return {kWgradDy, kWgradDy, key, fp4_way_of(r.wgrad.dy, r.wgrad.x, s.ways), xt.quantized() ? &xt : nullptr};
 }
 inline void save_xt(const floatX* X, int T, int K, const Recipe& r, LinearKey key, const LinearScratch& s, LinearSaved* saved) {
   if (saves_xt(r, saved)) save_operand(r.wgrad.x, xt_place(key), X, T, K, true, s, &saved->xt);
@@ -290,7 +291,7 @@ inline void run_gemm(Gemm g, const ReadyOperand& a, const ReadyOperand& b, const
   const int K = rotated_cols(g.K, a.how.rht);
   g.A = a.data; g.lda = a.ld; g.a_transposed = a.transposed;
   g.B = b.data; g.ldb = b.ld; g.b_transposed = b.transposed;
-  if (a.amax && b.amax) g.K = a.ld;          // the padding too: zeros, except in a last group that was rotated and is full
+  if (a.quantized() && b.quantized()) g.K = a.ld;          // the padding too: zeros, except in a last group that was rotated and is full
   if (a.amax || b.amax) {
     g.alpha = b.alpha ? b.alpha : a.alpha;
     if (!g.alpha) {

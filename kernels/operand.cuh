@@ -12,7 +12,7 @@ struct Operand4 {
   uint8_t* codes = nullptr;         // FP4: [rows, ld/2], two a byte, even element in the low nibble; FP8: [rows, ld]
   uint8_t* scales = nullptr;        // nvfp4: E4M3, one for 16 columns; mxfp4, mxfp8: E8M0, one for 32; in the 128x4 layout (formats.cuh)
   floatX* values = nullptr;         // [rows, ld]
-  float* amax = nullptr;            // device scalar: max|x| after rotation. Not written for outer 1x128, mxfp4, mxfp8, exact
+  float* amax = nullptr;            // device scalar: max|x| after rotation; post_hoc: the largest pseudo-scale. Not written for outer 1x128, mxfp4, mxfp8, exact
   float* outer = nullptr;           // outer 1x128: [rows, ceil(cols/128)]; fp4_vector: [rows]. What a code and its block scale are multiplied by
   uint32_t* mask = nullptr;         // [rows, ld/32]: bit c%32 of word c/32 set where |x / 2^e| < 6, that is, where mxfp4 did not clip
 };
@@ -40,13 +40,15 @@ struct QuantizeHow {
   int hadamard = 0;
   uint32_t signs = 0;
 };
-// Words of scratch that quantize() may need: maxima of rows, choices of tiles.
-inline size_t group_words(int rows, int cols) { return (size_t)round_up(rows, 16) * ceil_div(cols, 128); }
+// Words of scratch that quantize() may need: maxima of rows, choices of tiles, pseudo-scales (half a word for a block).
+inline size_t group_words(int rows, int cols) { return (size_t)round_up(rows, 16) * ceil_div(cols, 32); }
 
 // ------------------------------------------------------------------ properties of an operand's recipe
 __host__ __device__ inline bool is_eden(const OperandRecipe& how) { return how.rounding == Rounding::eden16 || how.rounding == Rounding::eden128; }
 __host__ __device__ inline bool is_fp8(Format f) { return f == Format::fp8_e4m3 || f == Format::fp8_e5m2; }
 __host__ __device__ inline bool is_mx(Format f) { return f == Format::mxfp4 || f == Format::mxfp8; }
+// MS-EDEN whose block scales are found without the tensor's, which follows from them.
+__host__ __device__ inline bool is_post_hoc(const OperandRecipe& how) { return how.format == Format::nvfp4 && how.scale == ScaleRule::post_hoc; }
 // NVIDIA's transform rounds the rotated value to BF16, so that one tensor in memory could have been the input.
 __host__ __device__ inline bool rounds_rotated(const OperandRecipe& how) {
   return how.format == Format::nvfp4 && how.rht == 16 && how.signs == Signs::fixed;
@@ -68,13 +70,22 @@ __host__ __device__ inline float eden_tensor_scale(float amax) {
   const float t = amax / kEdenRange / kEdenStep;
   return t == 0 ? 1.0f : t;
 }
+// Post hoc: the power of two that takes the largest pseudo-scale, which is what `most` is here, to 128 .. 240.
+__host__ __device__ inline float post_hoc_tensor_scale(float most) {
+  const uint32_t bits = float_bits(most);
+  if (bits >= float_bits(INFINITY)) return bits_float(0x7fffffffu);
+  return most == 0 ? 1.0f : bits_float((bits & 0x7f800000u) - (7u << 23));
+}
 // The factor that a GEMM's alpha takes for an operand.
 __host__ __device__ inline float tensor_scale_decode(const OperandRecipe& how, float amax) {
-  if (how.format == Format::nvfp4 && how.outer == Outer::tensor) return is_eden(how) ? eden_tensor_scale(amax) : amax / nvfp4_range(how.scale);
+  if (how.format == Format::nvfp4 && how.outer == Outer::tensor)
+    return is_post_hoc(how) ? post_hoc_tensor_scale(amax) : is_eden(how) ? eden_tensor_scale(amax) : amax / nvfp4_range(how.scale);
   if (is_fp8(how.format)) return amax / (how.format == Format::fp8_e4m3 ? kE4M3Max : kE5M2Max);
   if (how.format == Format::mxfp4 && how.scale == ScaleRule::range34) return 1.0f / 3.0f;
   return 1;
 }
+// What alpha_of() is to know of an operand. Values of post_hoc that were made without the packed form have the tensor's scale in them.
+__host__ __device__ inline float* amax_for_alpha(const Operand4& o, const OperandRecipe& how) { return is_post_hoc(how) && !o.scales ? nullptr : o.amax; }
 // alpha: the product of both operands' factors; an operand that has none has no amax.
 __device__ inline float alpha_of(const float* amax_a, const OperandRecipe& a, const float* amax_b, const OperandRecipe& b) {
   return (amax_a ? tensor_scale_decode(a, *amax_a) : 1.0f) * (amax_b ? tensor_scale_decode(b, *amax_b) : 1.0f);

@@ -428,7 +428,7 @@ inline void split_dgrad(const OutlierScratch& o, floatX* dX, const floatX* dY, c
   ReadyOperand w4 = fp4_weights();
   Gemm g;
   g.M = T; g.K = N;
-  if (straight && w4.amax && way == GemmWay::emulated && (how.format == Format::fp4_vector || !needs_amax(how))) {
+  if (straight && w4.quantized() && way == GemmWay::emulated && (how.format == Format::fp4_vector || !needs_amax(how))) {
     fp8_weights(s.values[1] + (size_t)fp4 * w4.ld);
     scatter_rows((floatX*)o.dw, w4.data, split.columns, K, w4.ld);
     w4.data = (floatX*)o.dw;

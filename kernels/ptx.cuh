@@ -354,6 +354,21 @@ __device__ __forceinline__ uint32_t pick_bytes(uint32_t low, uint32_t high, uint
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(low), "r"(high), "r"(which));
   return r;
 }
+// (a & b) ^ c in one operation, which the compiler makes two of where it knows too much of c.
+__device__ __forceinline__ uint32_t and_xor(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t r;
+  asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+  return r;
+}
+// a * b + c of each of two bf16, rounded once; the larger one of each.
+__device__ __forceinline__ uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
+  asm("fma.rn.bf16x2 %0, %1, %2, %0;" : "+r"(c) : "r"(a), "r"(b));
+  return c;
+}
+__device__ __forceinline__ uint32_t max_bf16x2(uint32_t a, uint32_t b) {
+  asm("max.bf16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
+  return a;
+}
 // The smaller one of each of two unsigned halves.
 __device__ __forceinline__ uint32_t min_u16x2(uint32_t a, uint32_t b) {
 #if __CUDA_ARCH__ >= 900

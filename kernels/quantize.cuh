@@ -4,7 +4,7 @@
 //         (of x itself) and the column copy (of x transposed): one thread gathers the values of a block wherever they lie.
 // Output  packed: codes and block scales, outer scales, and QuEST's mask (struct Operand4)
 //         values: floatX [rows, ld], code * block scale, which BF16 holds exactly: a BF16 GEMM on them computes what an FP4 tensor
-//                 core computes. Either or both may be asked for.
+//                 core computes. Either or both may be asked for. (post_hoc: values alone have the tensor's scale in them, a power of two.)
 //         ld = operand_ld(cols) is a multiple of 32. Padding columns hold zeros, padding scales too.
 //
 // nvfp4   x[16] -> 16 E2M1 codes + one E4M3 scale byte, under one FP32 scale for the tensor. In FP32, in exactly this order:
@@ -21,6 +21,7 @@
 //         Outer 1x128 (TetraJet-v2): os = amax128/448/6; s = amax16/os/6; byte = e4m3(s), 2^-9 where that is 0; code = e2m1(x / (os*float(byte))).
 //         MS-EDEN (Quartet II): t = amax/255.99/s, s = 6/((17/16)*.93); byte = e4m3(amax16/s/t), 1.0 where that is 0; v = x/(byte*t);
 //         code = e2m1(v) to nearest; S = sum(v*v)/sum(v*code), by multiply-adds; byte = e4m3_sr(byte * S). The 256 leaves headroom for S > 1.
+//         post_hoc: the same without t, whose place a power of two takes afterwards (below, where its kernels are).
 // mxfp4   x[32] -> 32 E2M1 codes + one E8M0 byte e:  code = e2m1(x / 2^e), value = code * 2^e. No scale of the tensor, but range34 rounds
 //         3x / 2^e and leaves the factor 1/3 to alpha.
 // mxfp8   the same with E4M3 codes and e = ceil(log2(amax/448)).
@@ -36,7 +37,7 @@
 //         once, for both copies where one kernel makes them (quantize_both()), writes 2 bytes a value (values) or 0.56 (packed). A GPU's memory and
 //         the issue of instructions take about as long, so instructions are what counts. Executed for a value of the row copy (Nsight Compute),
 //         in three rounds of this: RN 17, 16, 17; SR 25, 23, 19; outer 1x128 RN 30, 25, 22, with SR and RHT16 45, 37, 31; MS-EDEN with RHT128 -, 42,
-//         38. In the searches for the maximum, a value and copy, by count in SASS: RHT16 and the plain maximum beside it 14, 6; RHT128 14, 10, of
+//         38, post hoc 30 (two values rounded in one operation, a product in the place of a division, scales without the tensor's). In the searches for the maximum, a value and copy, by count in SASS: RHT16 and the plain maximum beside it 14, 6; RHT128 14, 10, of
 //         which shuffles 3 and 1; RHT128 from a packed operand 26, 15.
 //         Percent of the speed of a copy of the same bytes, values of 32768 x 3072, amax included / known (H100). The first chapter is
 //         dev/quantize_simple.cuh.
@@ -63,6 +64,8 @@
 //                           RHT128 twice                         .294, .178, .178
 //             from packed   columns MS-EDEN; 1x128 SR RHT16      .497, .397, .379; -, .374, .344
 //                           maximum of columns with RHT128       .237, .180, .181
+//         MS-EDEN post hoc, all of it, where the table above is without the search for the maximum (.09 a copy):
+//             rows .258, columns .279, both copies of dY .50, from packed .325; of these the second kernel .009 a copy, .06 to .15 if packed
 //         What did not pay: two blocks of 16 a lane (spills: 1.3 to 1.6 times as long); all 4 rows of a lane at once (158 registers, 8 warps a
 //         multiprocessor, not timed); blocks of rows that stay on (launch_strips()); for both copies six or five blocks of 128 threads, or three of
 //         256, with one square, or two of 256 with two (.99 to 1.04); their columns by ldmatrix (dY 1.00, X packed 1.03). Two stores of 16 bytes a
@@ -70,7 +73,8 @@
 //         between lanes through shared memory, so that each store fills 512 bytes, helps columns to nearest alone (.95; SR RHT16 1.04, 1x128 1.06,
 //         MS-EDEN 1.06, dY 1.06). Divisions out of the usual range and FP8's codes in functions of their own, so that the loop is half as long: 1.00,
 //         from packed 1.03 to 1.06. A lane's four rows to four blocks where a matrix is small: weights 1.0, large columns 1.02. The maximum of a rotated
-//         block as |a| + |b| of its last butterfly: 1.00. Rounding to nearest with signs by pairs: more registers, 1.06; 4/6 without saturation: 1.05.
+//         block as |a| + |b| of its last butterfly: 1.00. RHT128's butterflies between lanes by a turn through shared memory and back, 24 operations for
+//         48 shuffles: rows .98, columns .99, from packed 1.02. Rounding to nearest with signs by pairs: more registers, 1.06; 4/6 without saturation: 1.05.
 //         Columns on an H100, where memory is what counts: 85 % of a copy, whatever the rounding (rows: 98); streaming stores, and tiles in the order of
 //         the operand's rows, 1.00: their search for the maximum, which stores nothing, already takes 1.12 of the time of the rows'.
 #pragma once
@@ -92,7 +96,7 @@ __host__ __device__ constexpr OperandRecipe known_recipe(Known k) {
   if (k == Known::tile46 || k == Known::rn46) r.scale = ScaleRule::four_six;
   if (k == Known::outer_rn || k == Known::outer_sr16) r.outer = Outer::b1x128;
   if (k == Known::sr || k == Known::sr16 || k == Known::outer_sr16) r.rounding = Rounding::stochastic;
-  if (k == Known::eden_rht128) r.rounding = Rounding::eden16;
+  if (k == Known::eden_rht128) { r.rounding = Rounding::eden16; r.scale = ScaleRule::post_hoc; }
   r.rht = k == Known::eden_rht128 ? 128 : k == Known::sr16 || k == Known::rn16 || k == Known::outer_sr16 ? 16 : 0;
   r.signs = r.rht == 0 ? Signs::none : k == Known::sr16 || k == Known::rn16 ? Signs::fixed : Signs::fresh;
   return r;
@@ -107,12 +111,12 @@ template <Known... k> struct KnownList {};
 template <bool kTranspose, bool kWarp, class Source> struct KnownFor { using List = KnownList<>; };
 #ifndef CPU_BUILD
 template <> struct KnownFor<false, true, Matrix<bf16>> {
-  using List = KnownList<Known::rn, Known::tile, Known::tile46, Known::sr, Known::outer_rn, Known::outer_sr16, Known::rn46, Known::eden_rht128>;
+  using List = KnownList<Known::rn, Known::tile, Known::tile46, Known::sr, Known::outer_rn, Known::outer_sr16, Known::rn46>;
 };
 template <> struct KnownFor<true, true, Matrix<bf16>> {
-  using List = KnownList<Known::rn, Known::tile, Known::tile46, Known::sr, Known::sr16, Known::rn16, Known::outer_sr16, Known::eden_rht128>;
+  using List = KnownList<Known::rn, Known::tile, Known::tile46, Known::sr, Known::sr16, Known::rn16, Known::outer_sr16>;
 };
-template <> struct KnownFor<true, true, Packed> { using List = KnownList<Known::outer_sr16, Known::eden_rht128>; };
+template <> struct KnownFor<true, true, Packed> { using List = KnownList<Known::outer_sr16>; };
 #endif
 
 // Blocks of each kernel that a multiprocessor is to hold: what their registers allow and, for columns, the shared memory of their tiles.
@@ -138,18 +142,19 @@ struct BlockHow {
   // A rotation's factor that its input's signs can take with them: a power of two, where nothing is lost by it. Sums that overflow without it do not
   // overflow then: that has to show in the scale of the tensor, whose search for the maximum goes without.
   template <class Rows> __device__ __forceinline__ bool scales_input() const {
-    return recipe.rht == 16 && Rows::kFewBits && recipe.outer == Outer::tensor;
+    return recipe.rht == 16 && Rows::kFewBits && recipe.outer == Outer::tensor && !is_post_hoc(recipe);
   }
-  // Or that waits until a block is divided by its scale: 1/4 of a row with outer scales, on a GPU. Then row() returns it as if it were 1. (Four over six
-  // looks at a block before it is divided.)
+  // Or that waits until a block is divided by its scale: that of post_hoc; and 1/4 of a row with outer scales, on a GPU. Then row() returns it as if it
+  // were 1. (Four over six looks at a block before it is divided.)
   __device__ __forceinline__ float late_factor() const {
+    if (is_post_hoc(recipe)) return recipe.rht && !rounds_rotated(recipe) ? rotation_scale(recipe.rht) : 1.0f;
     const bool divided = recipe.format == Format::nvfp4 && recipe.outer == Outer::b1x128 && recipe.scale != ScaleRule::four_six;
     return !kOnCpu && divided && recipe.rht == 16 && !rounds_rotated(recipe) ? 0.25f : 1.0f;
   }
   // A row of the operand as it will be rounded; and its max|v| as bits, where a thread has one block. Padding that a rotation has left as -0 is 0 again.
   // known: null, or InputSigns. Two BF16 in a word are one operation less than two floats: in the search for the maximum, and in rounding.
-  template <class S, class Rows> __device__ __forceinline__ unsigned row(RowPart<S>& v, Rows& rows, int i, int cols, const float* known = nullptr) const {
-    rows.load(v, i);
+  template <class S, class Rows> __device__ __forceinline__ unsigned row(RowPart<S>& v, Rows& rows, int i, int cols, const InputSigns* known = nullptr) const {
+    rows.load(v, i, known && known->flips ? known->flip : nullptr);
     if (recipe.rht == 0) {
       if constexpr (Rows::kPairs) return pair_amax_bits(rows.pairs);
       return block_amax_bits(v[0]);
@@ -658,7 +663,7 @@ struct EdenSums {
 #pragma unroll
     for (int j = 0; j < 16; j++) {
       vv = fmaf(v[j], v[j], vv);
-      vq = fmaf(fabsf(v[j]), magnitude[j], vq);
+      vq = fmaf(fabsf(v[j]), fabsf(magnitude[j]), vq);
     }
   }
   __device__ __forceinline__ float correction() const { return vq == 0 ? 1.0f : vv / vq; }
@@ -692,7 +697,7 @@ __host__ __device__ __forceinline__ float eden_scale(float v, uint32_t word) {
 // Pass 2: codes and scales of a strip. four_tiles: the choice of four over six in 16x16 tiles; tensor: known_tensor_scale(); known: null, or InputSigns.
 template <class S, class Rows>
 __device__ __forceinline__ void nvfp4_strip(Rows& rows, const Operand4& out, const uint32_t* four_tiles, const BlockHow& how, TensorScale tensor,
-                                            const float* known = nullptr) {
+                                            const InputSigns* known = nullptr) {
   const OperandRecipe& recipe = how.recipe;
   const bool tile = recipe.blocks == Blocks::b16x16, wide = recipe.outer == Outer::b1x128, four_six = recipe.scale == ScaleRule::four_six;
   const unsigned blocks = ceil_div((unsigned)out.cols, 16u), first_block = (unsigned)rows.at.col / 16;
@@ -844,10 +849,22 @@ __device__ __forceinline__ TensorScale known_tensor_scale(const OperandRecipe& r
   return recipe.outer == Outer::b1x128 ? TensorScale{} : outer_scale(recipe, *amax);
 }
 // A lane's InputSigns for the rows of a kernel that knows its rotation.
-template <Known kKnown, class Rows> __device__ __forceinline__ auto input_signs(const BlockHow& how) {
+template <Known kKnown, class Rows> __device__ __forceinline__ InputSigns input_signs(const BlockHow& how) {
   constexpr OperandRecipe kRecipe = known_recipe(kKnown);
   const float factor = how.scales_input<Rows>() ? rotation_scale(kRecipe.rht) : 1.0f;
-  return InputSigns<kRecipe.rht>(how.signs, kRecipe.signs == Signs::fixed, (int)threadIdx.x % 8, factor);
+  return InputSigns(kRecipe.rht, how.signs, kRecipe.signs == Signs::fixed, (int)threadIdx.x % 8, factor);
+}
+// The source, from which a kernel that knows its recipe reads rows with the signs of a fresh rotation.
+template <Known kKnown, class Source> __device__ __forceinline__ Source source_of(const Source& x, [[maybe_unused]] const SignBits& signs) {
+  Source source = x.ready();
+  if constexpr (!Source::kRowCopy && kKnown != Known::any && known_recipe(kKnown).signs == Signs::fresh) {
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+      const uint32_t low = (uint32_t)signs.word[0];
+      source.flip[k] = known_recipe(kKnown).rht == 16 ? (low & 0xffff) * 0x10001u : (uint32_t)(signs.word[k / 2] >> (32 * (k % 2)));
+    }
+  }
+  return source;
 }
 template <bool kTranspose, bool kWarp, class Source, Known kKnown>
 __global__ void __launch_bounds__(kStripThreads, nvfp4_blocks(kTranspose, Source::kRowCopy, kKnown))
@@ -855,13 +872,241 @@ nvfp4_kernel(Operand4 out, const uint32_t* four_tiles, Source x, BlockHow how) {
   using S = Share<16, kWarp>;
   make_known<kKnown>(how);
   alignas(16) __shared__ typename Source::Element shared[shared_elements<S, kTranspose, Source>()];
-  const Source source = x.ready();
+  const Source source = source_of<kKnown>(x, how.signs);
   const TensorScale tensor = known_tensor_scale(how.recipe, out.amax);
   how.write_alpha(out.amax);
   using Rows = std::conditional_t<kTranspose && !Source::kRowCopy, PackedRows<S>, StripRows<S, kTranspose, Source>>;
   [[maybe_unused]] const auto signs = input_signs<kKnown, Rows>(how);
   for_each_strip<S, kTranspose>(source, how.rows_covered, how.cols_covered, shared,
-                                [&](auto& rows) { nvfp4_strip<S>(rows, out, four_tiles, how, tensor, kKnown == Known::any ? nullptr : signs.of); });
+                                [&](auto& rows) { nvfp4_strip<S>(rows, out, four_tiles, how, tensor, kKnown == Known::any ? nullptr : &signs); });
+}
+
+// ------------------------------------------------------------------ MS-EDEN with post hoc range alignment
+// A scale of the tensor that has to be known before anything is rounded takes a search for the maximum, which reads and rotates everything one time more.
+// Quartet II (section 7) does without: the first kernel rounds to codes under scales of a wide range, E8M3, the second takes these pseudo-scales, a
+// sixteenth as many as elements, to E4M3. Here
+//     y: the rotated row without the factor h = 1/sqrt(n); m = max|y| of the block
+//     p = e8m3(m * (h / s)), at least 2^-110;  v = y * (h * (1/p));  code = e2m1(bf16(v)) to nearest, no -0;  S = sum(v*v) / sum(v*code)
+//     c = e8m3_sr(p * S), 0 for a block of zeros         the pseudo-scale: a BF16 number
+//     T = the power of two that takes the largest c of the tensor to 128 .. 240;  byte = e4m3_sr(c / T)
+// T being a power of two, c / T is an E4M3 number as it is, unless it is below 2^-6, a 2^-14th of the largest: so the emulation's values are code * c at
+// once (T is in them), and the second kernel looks at the pseudo-scales alone and changes what few small blocks there are. (The paper has any T, keeps
+// p * S in BF16 and rounds once, in the second kernel; two roundings, each without a bias, are without a bias.)
+// 4 significant bits: to nearest, a tie to the even one; stochastically, as in eden_scale(). a >= 0; a NaN becomes infinity.
+__host__ __device__ __forceinline__ uint32_t up_to_infinity(float a) { return float_bits(a) < 0x7f800000u ? float_bits(a) : 0x7f800000u; }
+__host__ __device__ __forceinline__ float e8m3_round(float a) {
+  const uint32_t bits = up_to_infinity(a);
+  return bits_float((bits + 0x7ffffu + (bits >> 20 & 1)) & ~0xfffffu);
+}
+__host__ __device__ __forceinline__ float e8m3_round_sr(float a, uint32_t word) {
+  return bits_float((up_to_infinity(a) + 0xffff7u - 16 * (word & 0xffff)) & ~0xfffffu);
+}
+// Rounds values, all below 7, and stores them. In BF16 two take one operation: as in e2m1_round(), with 96 = 1.5 * 2^6 powers of two, which leave the
+// signs alone. code: what v is rounded to.
+struct PostHocCodes {
+#ifdef CPU_BUILD
+  __forceinline__ void round(const float (&v)[16], float (&code)[16]) {
+    for (int j = 0; j < 16; j++) {
+      const float a = to_float(to_bf16(v[j])), magnitude = e2m1_round(fabsf(a));
+      code[j] = magnitude == 0 ? 0 : with_sign_of(magnitude, a);
+    }
+  }
+  __forceinline__ void store(const Operand4& out, Parts parts, unsigned row, unsigned col, const float (&code)[16], float scale) const {
+    float magnitude[16];
+    for (int j = 0; j < 16; j++) magnitude[j] = fabsf(code[j]);
+    store_block<ScaleKind::few_bits>(out, parts, row, col, magnitude, code, scale);
+  }
+#else
+  uint32_t two[8];
+  __device__ __forceinline__ void round(const float (&v)[16], float (&code)[16]) {
+#pragma unroll
+    for (int j = 0; j < 16; j += 2) {
+      const uint32_t a = pack_bf16(v[j], v[j + 1]), binade = max_bf16x2(a & 0x7f807f80u, 0x3f803f80u);
+      two[j / 2] = fma_bf16x2(binade, 0xc2c0c2c0u, fma_bf16x2(binade, 0x42c042c0u, a));
+      code[j] = bits_float(two[j / 2] << 16);
+      code[j + 1] = bits_float(two[j / 2] & 0xffff0000u);
+    }
+  }
+  __device__ __forceinline__ void store(const Operand4& out, Parts parts, unsigned row, unsigned col, const float (&code)[16], float scale) const {
+    const size_t at = (size_t)row * (unsigned)out.ld + col;
+    if (parts.codes) {
+      Vec<uint32_t, 2> words;
+#pragma unroll
+      for (int j = 0; j < 16; j += 8) words.v[j / 8] = e2m1_pack8(reinterpret_cast<const float (&)[8]>(code[j]));
+      *reinterpret_cast<Vec<uint32_t, 2>*>(out.codes + at / 2) = words;
+    }
+    if (!parts.values) return;
+    Vec<floatX, 16> q;
+    const uint32_t both = pack_bf16(scale, scale);
+#pragma unroll
+    for (int j = 0; j < 16; j += 2) {
+      if constexpr (sizeof(floatX) == 2) {
+        const uint32_t values = mul_bf16x2(two[j / 2], both);
+        memcpy(&q.v[j], &values, 4);
+      } else {
+        q.v[j] = from_float<floatX>(code[j] * scale);
+        q.v[j + 1] = from_float<floatX>(code[j + 1] * scale);
+      }
+    }
+    store_vec(out.values + at, q);
+  }
+#endif
+};
+// The pseudo-scales of rows r, r + 4, r + 8 and r + 12 of sixteen lie side by side: eden_draw()'s unit, 16 bits each. The lowest four of the first two
+// are zeros in every pseudo-scale: there the exponent of T lies, as the first kernel knew it, or 0.
+__device__ __forceinline__ uint32_t* pseudo_scales(uint32_t* groups, unsigned unit) { return groups + 2 * (size_t)unit; }
+__device__ __forceinline__ uint32_t tensor_exponent(float tensor) { return float_bits(tensor) >> 23 & 0xff; }
+__device__ __forceinline__ uint32_t spread_exponent(uint32_t e) { return (e & 15) | (e >> 4) << 16; }
+__device__ __forceinline__ uint32_t gathered_exponent(uint32_t two) { return (two & 15) | (two >> 12 & 0xf0); }
+// What a pseudo-scale below 2^-6 T becomes: T times e4m3_sr(c / T), which is a multiple of 2^-9 there. The uniform number is the other half of its word.
+__device__ __forceinline__ float small_scale(float c, float tensor, uint32_t word) {
+  const float n = c * bits_float((263u << 23) - float_bits(tensor)), k = truncf(n);               // c / T in units of 2^-9
+  return (k + (eden_uniform(word >> 16) < n - k ? 1.0f : 0.0f)) * (tensor * 0x1p-9f);
+}
+// Codes (if asked for), values and pseudo-scales of a strip. out.amax takes the largest one of these. What others have found by now is a lower bound of
+// it, and in 85 to 96 % of the strips of a step it has the right exponent already: with that T values alone become final here. Where it was another the
+// second kernel will know: the result does not depend on who comes first.
+template <class S, class Rows>
+__device__ __forceinline__ void post_hoc_strip(Rows& rows, const Operand4& out, uint32_t* groups, const BlockHow& how, const InputSigns* known) {
+  const OperandRecipe& recipe = how.recipe;
+  const unsigned blocks = ceil_div((unsigned)out.cols, 16u), first_block = (unsigned)rows.at.col / 16;
+  const Parts parts = parts_of(out);
+  const StripPlace at = rows.at;
+  const float factor = how.late_factor();
+  const unsigned seen = parts.scales ? 0 : *(const volatile unsigned*)out.amax;
+  unsigned most = 0;
+  constexpr int kDraws = S::kRows / 4;                             // a lane's rows share a draw; a thread that has 16 rows has four
+  uint4 draw[kDraws][S::kUnits];
+  uint64_t pseudo[kDraws][S::kUnits] = {};
+#ifdef CPU_BUILD
+  if constexpr (!S::kWarp) {
+    for (int k = 0; k < kDraws; k++) random_blocks8(draw[k], how.key, eden_draw(at.row + k, first_block, blocks));
+  }
+#endif
+  if constexpr (S::kWarp) draw[0][0] = random_block(how.key, how.rounds, eden_draw(at.row, first_block, blocks));
+#pragma unroll 1
+  for (int i = 0; i < S::kRows; i++) {
+    const unsigned row = (unsigned)rows.row(i);
+    RowPart<S> v;
+    const unsigned own = how.row<S>(v, rows, i, out.cols, known);
+    float code[S::kUnits][16], p[S::kUnits];
+    PostHocCodes rounded[S::kUnits];
+#pragma unroll
+    for (int u = 0; u < S::kUnits; u++) {
+      const unsigned m = S::kUnits == 1 ? own : block_amax_bits(v[u]);           // of NaN: infinity, so that v and all that follows is NaN
+      p[u] = e8m3_round(fmaxf(bits_float(min(m, 0x7f800000u)) * (factor / kEdenStep), 0x1p-110f));
+      const float encode = factor * (1.0f / p[u]);
+#pragma unroll
+      for (int j = 0; j < 16; j++) v[u][j] = __fmul_rn(v[u][j], encode);
+      rounded[u].round(v[u], code[u]);
+      p[u] = m ? p[u] : 0;
+    }
+    const float correction128 = recipe.rounding == Rounding::eden128 ? eden_correction128<S>(v, code) : 0;
+    const int k = S::kWarp ? 0 : i % 4;
+#pragma unroll
+    for (int u = 0; u < S::kUnits; u++) {
+      EdenSums sums;
+      if (recipe.rounding == Rounding::eden16) sums.add(v[u], code[u]);
+      const uint32_t word = draw[k][u].x;
+      draw[k][u] = make_uint4(draw[k][u].y, draw[k][u].z, draw[k][u].w, 0);
+      float c = e8m3_round_sr(p[u] * (recipe.rounding == Rounding::eden16 ? sums.correction() : correction128), word);
+      pseudo[k][u] = pseudo[k][u] >> 16 | (uint64_t)(float_bits(c) >> 16) << 48;
+      most = max(most, float_bits(c));
+      const uint32_t least = (behind_branch(seen) & 0x7f800000u) - (13u << 23);                  // 2^-6 T; negative where nothing was seen
+      if (c < bits_float(least)) c = small_scale(c, bits_float(least + (6u << 23)), behind_branch(word));
+      const unsigned block = first_block + u, col = block * 16;
+      if (row < (unsigned)out.rows && block < blocks) {
+        rounded[u].store(out, parts, row, col, code[u], c);
+      } else if (row < (unsigned)how.rows_covered && col < (unsigned)how.cols_covered) {           // padding
+        if (out.scales) out.scales[scale_offset(row, block, blocks)] = 0;
+        if (row < (unsigned)out.rows && col < (unsigned)out.ld) clear_block<16>(out, row, col, 8);
+      }
+    }
+  }
+#pragma unroll
+  for (int k = 0; k < kDraws; k++) {
+#pragma unroll
+    for (int u = 0; u < S::kUnits; u++) {
+      const unsigned row = at.row + k, block = first_block + u;
+      if (row < (unsigned)out.rows && block < blocks) {
+        const uint32_t exponent = seen ? (seen >> 23) - 7 : 0;
+        const Vec<uint32_t, 2> four = {{(uint32_t)pseudo[k][u] | spread_exponent(exponent), (uint32_t)(pseudo[k][u] >> 32)}};
+        store_vec(pseudo_scales(groups, eden_draw(row, block, blocks)), four);
+      }
+    }
+  }
+  most = max_down<S>(max_along<S>(most));
+  if (threadIdx.x % S::kLanes == 0 && most > seen) atomicMax((unsigned*)out.amax, most);
+}
+template <bool kTranspose, bool kWarp, class Source, Known kKnown>
+__global__ void __launch_bounds__(kStripThreads, nvfp4_blocks(kTranspose, Source::kRowCopy, kKnown))
+post_hoc_kernel(Operand4 out, uint32_t* groups, Source x, BlockHow how) {
+  using S = Share<16, kWarp>;
+  make_known<kKnown>(how);
+  alignas(16) __shared__ typename Source::Element shared[shared_elements<S, kTranspose, Source>()];
+  const Source source = source_of<kKnown>(x, how.signs);
+  using Rows = std::conditional_t<kTranspose && !Source::kRowCopy, PackedRows<S>, StripRows<S, kTranspose, Source>>;
+  [[maybe_unused]] const auto signs = input_signs<kKnown, Rows>(how);
+  for_each_strip<S, kTranspose>(source, how.rows_covered, how.cols_covered, shared,
+                                [&](auto& rows) { post_hoc_strip<S>(rows, out, groups, how, kKnown == Known::any ? nullptr : &signs); });
+}
+// What the second kernel does with a block. Scale byte, if asked for, and then values without T; else the values of a small block, which has had the
+// scale for `before`, if that is not 0. One NaN, and all is NaN: as with a scale of the tensor.
+__device__ __forceinline__ void align_block(const Operand4& out, const BlockHow& how, unsigned row, unsigned block, float c, float tensor, float before) {
+  const unsigned blocks = ceil_div((unsigned)out.cols, 16u);
+  const bool packed = out.scales != nullptr;
+  float had = c, scale = c;
+  if (c < 0x1p-6f * tensor) {
+    const uint4 draw = random_block(how.key, how.rounds, eden_draw(row, block, blocks));
+    const uint32_t word = row % 16 < 4 ? draw.x : row % 16 < 8 ? draw.y : row % 16 < 12 ? draw.z : draw.w;
+    scale = small_scale(c, tensor, word);
+    if (before != 0 && c < 0x1p-6f * before) had = small_scale(c, before, word);
+  }
+  if (tensor != tensor) scale = tensor;
+  if (packed) out.scales[scale_offset(row, block, blocks)] = e4m3_code(scale / tensor);
+  if (!out.values || (!packed && (had == scale || (had == 0 && scale == scale)))) return;         // 0 for a smaller T is 0 for this one
+  floatX* const values = out.values + (size_t)row * out.ld + block * 16;
+  Vec<floatX, 16> q = {};
+  if (packed || scale != 0) {
+    const Vec<floatX, 16> old = load_vec<16>(values);
+    const float ratio = scale / had;
+#pragma unroll
+    for (int j = 0; j < 16; j++) {
+      float value;                                                                                // BF16 rounds the product to what it is to be
+      if (packed) value = e2m1_decode(out.codes[((size_t)row * out.ld + block * 16 + j) / 2] >> (4 * (j % 2)) & 15) * (scale / tensor);
+      else value = sizeof(floatX) == 2 ? to_float(old.v[j]) * ratio : to_float(old.v[j]) / had * scale;
+      q.v[j] = from_float<floatX>(value);
+    }
+  }
+  store_vec(values, q);
+}
+// Sixteen blocks a thread: those of four units.
+__global__ void __launch_bounds__(256, 6) align_post_hoc_kernel(Operand4 out, uint32_t* groups, unsigned units, BlockHow how) {
+  const unsigned unit = 4 * (blockIdx.x * blockDim.x + threadIdx.x);
+  how.write_alpha(amax_for_alpha(out, how.recipe));
+  if (unit >= units) return;
+  Vec<uint32_t, 4> all[2];                                                                        // units are a multiple of 4
+  for (int h = 0; h < 2; h++) all[h] = load_vec<4>(pseudo_scales(groups, unit + 2 * h));
+  const float tensor = post_hoc_tensor_scale(*out.amax);
+  const uint32_t now = spread_exponent(tensor_exponent(tensor)), mask = spread_exponent(0xff);
+  bool known = !out.scales;
+#pragma unroll
+  for (int h = 0; h < 4; h++) known &= (all[h / 2].v[h % 2 * 2] & mask) == now;
+  if (known) return;
+  auto to_do = [&](uint32_t upper) { const float c = bits_float(upper & 0xfff00000u); return tensor != tensor || (c > 0 && c < 0x1p-6f * tensor); };
+  bool any = out.scales != nullptr;
+#pragma unroll
+  for (int k = 0; k < 8; k++) any |= to_do(all[k / 4].v[k % 4]) || to_do(all[k / 4].v[k % 4] << 16);
+  if (!any) return;
+  const unsigned blocks = ceil_div((unsigned)out.cols, 16u);
+#pragma unroll 1
+  for (unsigned k = 0; k < 16; k++) {                             // read again, so that the many who have nothing to do here need few registers
+    const unsigned across = (unit + k / 4) / blocks, block = (unit + k / 4) % blocks, row = across / 4 * 16 + across % 4 + 4 * (k % 4);
+    const uint32_t* const words = pseudo_scales(groups, unit + k / 4);
+    const uint32_t upper = k % 2 ? words[k % 4 / 2] : words[k % 4 / 2] << 16;
+    if (row < (unsigned)out.rows && (out.scales || to_do(upper)))
+      align_block(out, how, row, block, bits_float(upper & 0xfff00000u), tensor, bits_float(gathered_exponent(words[0]) << 23));
+  }
 }
 
 // ------------------------------------------------------------------ both copies of a matrix, or their maxima, in one reading
@@ -931,16 +1176,29 @@ template <class S, bool kTranspose> struct SquareRows {
   }
   __device__ __forceinline__ int row(int i) const { return at.row + i * S::kDown; }
   __device__ __forceinline__ void start() {}
-  __device__ __forceinline__ void load(RowPart<S>& v, int i) {
+  __device__ __forceinline__ void load(RowPart<S>& v, int i, [[maybe_unused]] const uint32_t* flip = nullptr) {
     if constexpr (kTranspose) {
 #pragma unroll
-      for (int j = 0; j < 16; j++) v[0][j] = to_float(from[square_offset(j, 0) + i * S::kDown]);
+      for (int j = 0; j < 16; j++) {
+        const bf16 x = from[square_offset(j, 0) + i * S::kDown];
+#ifdef CPU_BUILD
+        v[0][j] = to_float(x);
+#else
+        v[0][j] = flip ? flipped_bf16(x, flip[j]) : to_float(x);
+#endif
+      }
     } else {
       Matrix<bf16>::Words<16> run;
       const Vec<bf16, 16> words = load_vec<16>(from + i * (S::kDown * (kSquare + 8)));
       memcpy(&run, &words, sizeof run);
 #pragma unroll
-      for (int j = 0; j < 16; j++) v[0][j] = run[j];
+      for (int j = 0; j < 16; j++) {
+#ifdef CPU_BUILD
+        v[0][j] = run[j];
+#else
+        v[0][j] = flip ? run.flipped(j, flip[j]) : run[j];
+#endif
+      }
       if constexpr (kPairs) {
         pairs = max_abs_pairs(run.word);
 #pragma unroll
@@ -968,9 +1226,38 @@ nvfp4_both_kernel(Operand4 row_out, Operand4 column_out, Matrix<bf16> x, BlockHo
 #pragma unroll 1
     for (int strip = (int)threadIdx.x / 32; strip < 8; strip += kBothThreads / 32) {         // whole warps are inside, or not
       SquareRows<S, false> rows(square, row, col, strip, row_how.rows_covered, row_how.cols_covered);
-      if (rows.at.inside) nvfp4_strip<S>(rows, row_out, nullptr, row_how, row_tensor, row_signs.of);
+      if (rows.at.inside) nvfp4_strip<S>(rows, row_out, nullptr, row_how, row_tensor, &row_signs);
       SquareRows<S, true> columns(square, col, row, strip, column_how.rows_covered, column_how.cols_covered);
-      if (columns.at.inside) nvfp4_strip<S>(columns, column_out, nullptr, column_how, column_tensor, column_signs.of);
+      if (columns.at.inside) nvfp4_strip<S>(columns, column_out, nullptr, column_how, column_tensor, &column_signs);
+    }
+  });
+}
+// The same of MS-EDEN with post hoc range alignment: half of the warps take the rows, half the columns, so that a lane holds the signs of one rotation.
+__global__ void __launch_bounds__(kBothThreads, kBothBlocks)
+post_hoc_both_kernel(Operand4 row_out, Operand4 column_out, uint32_t* row_groups, uint32_t* column_groups, Matrix<bf16> x, BlockHow row_how,
+                     BlockHow column_how) {
+  using S = Share<16, true>;
+  constexpr int kWarps = kBothThreads / 64;                      // of a half
+  make_known<Known::eden_rht128>(row_how);
+  make_known<Known::eden_rht128>(column_how);
+  DYNAMIC_SHARED(bf16, shared);
+  const int warp = (int)threadIdx.x / 32;
+  const bool columns = warp >= kWarps;
+  SignBits bits;
+  for (int k = 0; k < 2; k++) bits.word[k] = columns ? column_how.signs.word[k] : row_how.signs.word[k];
+  const InputSigns signs(128, bits, false, (int)threadIdx.x % 8, 1.0f);
+  const unsigned down = ceil_div((unsigned)max(row_how.rows_covered, column_how.cols_covered), (unsigned)kSquare);
+  const unsigned across = ceil_div((unsigned)max(row_how.cols_covered, column_how.rows_covered), (unsigned)kSquare);
+  for_each_square<kBothThreads>(x, down, across, shared, [&](const bf16* square, int row, int col) {
+#pragma unroll 1
+    for (int strip = warp % kWarps; strip < 8; strip += kWarps) {
+      if (columns) {
+        SquareRows<S, true> rows(square, col, row, strip, column_how.rows_covered, column_how.cols_covered);
+        if (rows.at.inside) post_hoc_strip<S>(rows, column_out, column_groups, column_how, &signs);
+      } else {
+        SquareRows<S, false> rows(square, row, col, strip, row_how.rows_covered, row_how.cols_covered);
+        if (rows.at.inside) post_hoc_strip<S>(rows, row_out, row_groups, row_how, &signs);
+      }
     }
   });
 }
@@ -1184,7 +1471,7 @@ inline void unpack_values(const Operand4& p, const OperandRecipe& how) {
 
 // ------------------------------------------------------------------ the host side
 inline bool needs_amax(const OperandRecipe& r) {
-  return (r.format == Format::nvfp4 && r.outer == Outer::tensor) || is_fp8(r.format) || r.format == Format::fp4_vector;
+  return (r.format == Format::nvfp4 && r.outer == Outer::tensor && !is_post_hoc(r)) || is_fp8(r.format) || r.format == Format::fp4_vector;
 }
 // Blocks of kernel<<<., threads>>> that the GPU holds at once.
 template <class Kernel> unsigned resident_blocks(Kernel kernel, [[maybe_unused]] unsigned threads) {
@@ -1233,6 +1520,10 @@ inline void cover(BlockHow& how, const Operand4& out) {
   how.rows_covered = out.scales ? round_up(out.rows, 128) : out.rows;
   how.cols_covered = out.scales ? max(out.ld, round_up(ceil_div(out.cols, scale_cols), 4) * scale_cols) : out.ld;
 }
+inline void align_post_hoc(const Operand4& out, uint32_t* groups, const BlockHow& how) {
+  const unsigned units = round_up(out.rows, 16) / 4 * ceil_div(out.cols, 16);
+  launch(align_post_hoc_kernel, ceil_div(units, 1024u), 256, 0, out, groups, units, how);
+}
 template <bool kTranspose, bool kWarp, class Source>
 void launch_quantize(const Operand4& out, const Source& x, BlockHow how, uint32_t* groups, bool amax_known, bool amax_is_zero) {
   const OperandRecipe& r = how.recipe;
@@ -1245,6 +1536,14 @@ void launch_quantize(const Operand4& out, const Source& x, BlockHow how, uint32_
   auto go = [&](auto kernel, auto... args) { launch_strips<kTranspose, kWarp>(kernel, kTranspose, how.rows_covered, how.cols_covered, args...); };
   if (is_mx(r.format)) return go(mx_kernel<kTranspose, kWarp, Source>, out, x, how);
   if (r.format != Format::nvfp4) return go(plain_kernel<kTranspose, kWarp, Source>, out, groups, x, how);
+  if (is_post_hoc(r)) {
+    if (!amax_is_zero) device_zero(out.amax, 1);
+    constexpr bool kHasKnown = !kOnCpu && kWarp && !std::is_same_v<Source, Matrix<float>> && (Source::kRowCopy || kTranspose);
+    if (kHasKnown && is_known(r, Known::eden_rht128, how.signs))
+      go(post_hoc_kernel<kTranspose, kWarp, Source, kHasKnown ? Known::eden_rht128 : Known::any>, out, groups, x, how);
+    else go(post_hoc_kernel<kTranspose, kWarp, Source, Known::any>, out, groups, x, how);
+    return align_post_hoc(out, groups, how);
+  }
   if (r.blocks == Blocks::b16x16 && r.scale == ScaleRule::four_six) {
     const unsigned tiles = ceil_div(out.rows, 16) * ceil_div(out.cols, 16), threads = kWarp ? 128 : 8;                 // 8 tiles in a block
     launch(tile_four_six_kernel<kTranspose, kWarp, Source>, ceil_div(tiles, 8u), threads, 0, groups, x, out.rows, out.cols, how,
@@ -1260,8 +1559,8 @@ inline void check_operand(const Operand4& out, const OperandRecipe& r, const uin
   if ((size_t)round_up(out.rows, 128) * round_up(out.cols, 64) / 16 >= 1u << 31)
     die("operand [%d, %d] is too large to quantize in one piece; lower --batch", out.rows, out.cols);
   const bool vector = r.format == Format::fp4_vector, nv = r.format == Format::nvfp4;
-  const bool grouped = vector || (nv && r.blocks == Blocks::b16x16 && r.scale == ScaleRule::four_six);
-  const bool half_packed = (nv || is_mx(r.format)) && !out.codes != !out.scales, no_amax = needs_amax(r) && !out.amax;
+  const bool grouped = vector || is_post_hoc(r) || (nv && r.blocks == Blocks::b16x16 && r.scale == ScaleRule::four_six);
+  const bool half_packed = (nv || is_mx(r.format)) && !out.codes != !out.scales, no_amax = (needs_amax(r) || is_post_hoc(r)) && !out.amax;
   if (out.ld != operand_ld(out.cols) || (grouped && !groups) || half_packed || no_amax || (r.format == Format::exact && !out.values))
     die("quantize: operand [%d, %d] ld %d: bad leading dimension, or missing buffers", out.rows, out.cols, out.ld);
 }
@@ -1281,8 +1580,8 @@ template <bool kWarp, class Source> void quantize_source(Operand4 out, const Sou
 }
 // Quantizes x, row-major bf16 or float, into the operand `out`, whose shape is that of x (or of x^T with how.transpose) and whose pointers say what is
 // written. out.ld = operand_ld(cols, rht). With a rotation, a contraction axis that ends in a part of a group makes an operand of
-// rotated_cols(cols, rht) columns; out.cols is that of the source. groups: group_words(rows, cols), for fp4_vector and for 16x16 tiles with four
-// over six. The source's rows and the operand's must start on 16-byte boundaries where cols is a multiple of 8 (any device_alloc does).
+// rotated_cols(cols, rht) columns; out.cols is that of the source. groups: group_words(rows, cols), for fp4_vector, for 16x16 tiles with four
+// over six, and for post_hoc. The source's rows and the operand's must start on 16-byte boundaries where cols is a multiple of 8 (any device_alloc does).
 // kWarp: how the work is shared out; only tests choose it.
 template <bool kWarp = !kOnCpu, class T> void quantize(const Operand4& out, const T* x, const QuantizeHow& how, uint32_t* groups = nullptr) {
   quantize_source<kWarp>(out, Matrix<T>{x, how.transpose ? out.cols : out.rows, how.transpose ? out.rows : out.cols}, how, groups);
@@ -1301,15 +1600,16 @@ inline bool share_amax(const OperandRecipe& row, const OperandRecipe& column) {
 // arithmetic and shuffles bound these, and one kernel for both has fewer warps; but both of quartet2's maxima in one reading take .87.
 template <Known kRow, Known kColumn> struct KnownPair {};
 template <class... pairs> struct PairList {};
-using KnownPairs = PairList<KnownPair<Known::sr, Known::sr16>, KnownPair<Known::sr, Known::sr>, KnownPair<Known::rn, Known::rn16>>;
+using KnownPairs = PairList<KnownPair<Known::sr, Known::sr16>, KnownPair<Known::sr, Known::sr>, KnownPair<Known::rn, Known::rn16>,
+                            KnownPair<Known::eden_rht128, Known::eden_rht128>>;
 // Calls go(kernel) with the kernel for this pair, if there is one.
 template <class Go> bool with_pair(const BlockHow&, const BlockHow&, PairList<>, Go) { return false; }
 template <Known kRow, Known kColumn, class... others, class Go>
 bool with_pair(const BlockHow& row, const BlockHow& column, PairList<KnownPair<kRow, kColumn>, others...>, Go go) {
   const bool known = is_known(row.recipe, kRow, row.signs) && is_known(column.recipe, kColumn, column.signs);
   if (!known) return with_pair(row, column, PairList<others...>{}, go);
-  go(nvfp4_both_kernel<kRow, kColumn>);
-  return true;
+  if constexpr (kRow != Known::eden_rht128) go(nvfp4_both_kernel<kRow, kColumn>);
+  return kRow != Known::eden_rht128;                             // quantize_both() has gone already
 }
 // The same of a recipe alone; the signs may still differ.
 template <Known... row, Known... column> bool pair_is_known(const OperandRecipe& r, const OperandRecipe& c, PairList<KnownPair<row, column>...>) {
@@ -1383,6 +1683,17 @@ bool quantize_both(Operand4 row, QuantizeHow row_how, Operand4 column, QuantizeH
         check_operand(c, column_how.recipe, groups);
         launch(kernel, both_blocks(squares), kBothThreads, kBothShared, r, c, Matrix<bf16>{x, rows, cols}, a, b);
       };
+      if (is_known(a.recipe, Known::eden_rht128, a.signs) && is_known(b.recipe, Known::eden_rht128, b.signs)) {
+        check_operand(r, row_how.recipe, groups);
+        check_operand(c, column_how.recipe, groups);
+        if (!row_how.amax_is_zero) device_zero(r.amax, 1);
+        if (!column_how.amax_is_zero) device_zero(c.amax, 1);
+        uint32_t* const others = groups + group_words(r.rows, r.cols);
+        launch(post_hoc_both_kernel, both_blocks(squares), kBothThreads, kBothShared, r, c, groups, others, Matrix<bf16>{x, rows, cols}, a, b);
+        align_post_hoc(r, groups, a);
+        align_post_hoc(c, others, b);
+        return true;
+      }
       if (with_pair(a, b, KnownPairs{}, go)) return true;
     }
   }

@@ -65,6 +65,13 @@ template <class S> __device__ __forceinline__ unsigned max_down(unsigned m) {
 
 // ------------------------------------------------------------------ sources
 // A source gives kN neighbouring elements of one of its rows, zeros beyond its edges; kN divides 128, and the column is a multiple of it.
+#ifndef CPU_BUILD
+__device__ __forceinline__ float flipped_bf16(bf16 x, uint32_t flip) {                 // flip: 0, or 2^31 to change the sign
+  uint16_t bits;
+  memcpy(&bits, &x, 2);
+  return bits_float(((uint32_t)bits << 16) + flip);
+}
+#endif
 template <class T> struct Matrix {
   static constexpr bool kRowCopy = true;
   using Element = T;                                           // of the tile in shared memory
@@ -74,6 +81,13 @@ template <class T> struct Matrix {
     __device__ __forceinline__ float operator[](int j) const {
       return bits_float(sizeof(T) == 4 ? word[j] : j % 2 ? word[j / 2] & 0xffff0000u : word[j / 2] << 16);
     }
+#ifndef CPU_BUILD
+    // flip: 0, or 2^31 to change the sign. Of BF16 both takes one operation.
+    __device__ __forceinline__ float flipped(int j, uint32_t flip) const {
+      static_assert(sizeof(T) == 2, "of BF16");
+      return bits_float(j % 2 ? and_xor(word[j / 2], 0xffff0000u, flip) : (word[j / 2] << 16) + flip);
+    }
+#endif
   };
   template <int kN> struct Elements {
     Vec<T, kN> e;
@@ -118,6 +132,7 @@ struct Packed {
   using Element = uint32_t;                                    // of the tile in shared memory: codes and scales as they are
   Operand4 operand; OperandRecipe how;
   float tensor = 1;                                            // FP32 scale of the tensor
+  uint32_t flip[4] = {};                                       // bit set: the sign of this source row of 128 changes. For warps' tiles only
   __device__ Packed ready() const { Packed p = *this; p.tensor = outer_scale_of_tensor(operand, how); return p; }
   __device__ float at(int r, int c) const { return r < operand.rows && c < operand.cols ? dequantized(operand, how, r, c, tensor) : 0.0f; }
   template <int kN> struct Run {
@@ -174,17 +189,32 @@ template <class S, bool kTranspose, class Source> __host__ __device__ constexpr 
 template <class S, class Source> __device__ __forceinline__ void fetch_tile(typename Source::Element* tile, const Source& x, StripPlace at) {
   using E = typename Source::Element;
   const int first_row = at.row / 64 * 64, first_col = at.col / 128 * 128;          // the same for the whole block
+  if constexpr (std::is_same_v<E, bf16>) {
+    if (x.aligned()) {
+      constexpr int kStep = kStripThreads / (kTileColumns / 8);                    // source rows at once
+      static_assert(kStep == 16, "a step is as long in the whole tile");
+      const int lane_row = (int)threadIdx.x / (kTileColumns / 8), part = (int)threadIdx.x % (kTileColumns / 8) * 8;
+      E* const to = tile + tile_offset<E>(lane_row) + part;
+      const E* from = x.x + (size_t)(first_col + lane_row) * x.cols + first_row + part;
+      const size_t step = (size_t)kStep * x.cols;
+      if (first_col + 128 <= x.rows && first_row + kTileColumns <= x.cols) {
+#pragma unroll
+        for (int c = 0; c < 128; c += kStep, from += step) cp_async<16>(to + tile_offset<E>(c), from, true);
+        return;
+      }
+      const bool in_row = first_row + part < x.cols;
+#pragma unroll 1
+      for (int c = 0; c < 128; c += kStep, from += step) {
+        const bool inside = in_row && first_col + lane_row + c < x.rows;
+        cp_async<16>(to + tile_offset<E>(c), inside ? from : x.x, inside);
+      }
+      return;
+    }
+  }
 #pragma unroll
   for (int k = threadIdx.x; k < 128 * kTileColumns / 8; k += kStripThreads) {
     const int c = first_col + k / (kTileColumns / 8), r = first_row + k % (kTileColumns / 8) * 8;
     E* to = tile + tile_offset<E>(c - first_col) + r - first_row;
-    if constexpr (std::is_same_v<E, bf16>) {
-      if (x.aligned()) {
-        const bool inside = c < x.rows && r < x.cols;
-        cp_async<16>(to, inside ? x.x + (size_t)c * x.cols + r : x.x, inside);
-        continue;
-      }
-    }
     const auto run = x.template run<8>(c, r);
     Vec<uint32_t, sizeof(run) / 4> words;
     memcpy(&words, &run, sizeof run);
@@ -283,10 +313,14 @@ template <class S, bool kTranspose, class Source> struct StripRows {
       next = x.template run<S::kUnit>(at.row, at.col, whole);
     }
   }
-  __device__ __forceinline__ void load(RowPart<S>& v, int i) {
+  // flip: null, or which signs are to change
+  __device__ __forceinline__ void load(RowPart<S>& v, int i, const uint32_t* flip = nullptr) {
     if constexpr (kAhead) {
 #pragma unroll
-      for (int j = 0; j < S::kUnit; j++) v[0][j] = next[j];
+      for (int j = 0; j < S::kUnit; j++) {
+        if constexpr (kFewBits && !kOnCpu) v[0][j] = flip ? next.flipped(j, flip[j]) : next[j];
+        else v[0][j] = next[j];
+      }
       if constexpr (kPairs) {
         pairs = max_abs_pairs(next.word);
 #pragma unroll
@@ -299,6 +333,12 @@ template <class S, bool kTranspose, class Source> struct StripRows {
         if constexpr (kTranspose) {
 #pragma unroll
           for (int j = 0; j < S::kUnit; j++) v[u][j] = S::kWarp ? to_float(tile[tile_offset<E>(j) + i * S::kDown]) : turned[i][u * S::kUnit + j];
+          if constexpr (kFewBits && !kOnCpu) {
+            if (flip) {
+#pragma unroll
+              for (int j = 0; j < S::kUnit; j++) v[u][j] = flipped_bf16(tile[tile_offset<E>(j) + i * S::kDown], flip[j]);
+            }
+          }
         } else if constexpr (kOnCpu) {
           x.template floats<S::kUnit>(v[u], row(i), at.col + u * S::kUnit);
         } else {
@@ -357,7 +397,7 @@ template <class S> struct PackedRows {
         b *= 256;
       }
       all[to + packed_row(32 * k, 1)] = inside ? a : 0;
-      all[kPackedFactors + to + packed_row(32 * k, 1)] = inside ? float_bits(b) : 0;
+      all[kPackedFactors + to + packed_row(32 * k, 1)] = inside ? float_bits(b) ^ x.flip[k] >> lane << 31 : 0;
     }
     __syncwarp();
   }
@@ -376,8 +416,8 @@ template <class S> struct PackedRows {
                             : kTiles * kPackedTile + kStripThreads / 32 * 2 * kPackedFactors + (four - 4) * (4 * kStripThreads);
     return shared + at + threadIdx.x * 4;
   }
-  // Rows come in order, or from 0 on again.
-  __device__ __forceinline__ void load(RowPart<S>& v, int i) {
+  // Rows come in order, or from 0 on again. Signs: Packed::flip.
+  __device__ __forceinline__ void load(RowPart<S>& v, int i, const uint32_t* = nullptr) {
     if (row(i) >= x.operand.cols) {
 #pragma unroll
       for (int j = 0; j < S::kUnit; j++) v[0][j] = 0;
@@ -427,16 +467,18 @@ __device__ __forceinline__ void for_each_strip(const Source& x, int rows_covered
   constexpr bool kShared = kTranspose && S::kWarp, kAhead = kShared && fetched_ahead<Source>();
   unsigned unit = own_unit<S>();
   auto place = [&](unsigned u) { return strip_place<S, kTranspose>(u, rows_covered, cols_covered); };
+  StripPlace next = place(unit);
   if constexpr (kAhead) {
-    if (unit < units) fetch_tile<S>(shared, x, place(unit));
+    if (unit < units) fetch_tile<S>(shared, x, next);
     cp_async_commit();
   }
   for (unsigned turn = 0; unit < units; unit += stride, turn++) {
-    const StripPlace at = place(unit);
+    const StripPlace at = next;
+    if (unit + stride < units) next = place(unit + stride);
     E* tile = shared;
     if constexpr (kAhead) {
       tile += turn % kTiles * source_tile<Source>();
-      if (unit + stride < units) fetch_tile<S>(shared + (turn + 1) % kTiles * source_tile<Source>(), x, place(unit + stride));
+      if (unit + stride < units) fetch_tile<S>(shared + (turn + 1) % kTiles * source_tile<Source>(), x, next);
       cp_async_commit();
       cp_async_wait<1>();
       __syncthreads();
@@ -483,20 +525,26 @@ __forceinline__ void rotate16(float* v, uint32_t signs) {
   store8(v + 8, r[0] - r[1]);
 }
 #endif
-// What a lane multiplies its 16 inputs by before a rotation of kN (0: there is none): their signs times `factor`. A kernel finds them once.
-template <int kN> struct InputSigns {
-  float of[16];
-  __device__ __forceinline__ InputSigns(const SignBits& signs, bool fixed, int along, float factor) {
-    if (kN == 0) return;
-    const int place = along * 16 % max(kN, 1);
+// The signs of a lane's 16 inputs of a rotation. A kernel finds them once, fixed ones as constants, times a factor, which the first butterfly multiplies
+// by; fresh ones as bits that change a sign as the input is read.
+struct InputSigns {
+  float with[16];
+  uint32_t flip[16];
+  bool flips;
+  __device__ __forceinline__ InputSigns(int n, const SignBits& signs, bool fixed, int along, float factor) : flips(n && !fixed) {
+    if (n == 0) return;
+    const int place = along * 16 % n;
     const uint32_t bits = (uint32_t)((place < 64 ? signs.word[0] : signs.word[1]) >> (place % 64));
 #pragma unroll
-    for (int j = 0; j < 16; j++) of[j] = fixed ? negate_if(factor, bits >> j & 1) : in_register(negate_if(factor, bits >> j & 1));    // fixed: constants
+    for (int j = 0; j < 16; j++) {
+      if (fixed) with[j] = negate_if(factor, bits >> j & 1);
+      else flip[j] = in_register(bits >> j << 31);
+    }
   }
 };
 // Rotates a row's groups of n columns, without the factor 1/sqrt(n). The butterflies' distances go 1, 2, 4, ... n/2: within a block, then between
 // blocks, then between lanes. known: null, or InputSigns.
-template <class S> __device__ __forceinline__ void rotate_row(RowPart<S>& v, int n, const SignBits& signs, int along, const float* known = nullptr) {
+template <class S> __device__ __forceinline__ void rotate_row(RowPart<S>& v, int n, const SignBits& signs, int along, const InputSigns* known = nullptr) {
 #pragma unroll
   for (int u = 0; u < S::kUnits; u++) {
     const int place = (along * S::kUnits + u) * S::kUnit & (n - 1);                       // of the block's first column in its group
@@ -512,8 +560,14 @@ template <class S> __device__ __forceinline__ void rotate_row(RowPart<S>& v, int
     auto negated = [&](int j) { return (n == 16 ? bits >> (j % 16) : bits >> j) & 1; };
 #pragma unroll
     for (int j = 0; j < S::kUnit; j += 2) {
-      const float a = v[u][j] * (known ? known[j] : negate_if(1.0f, negated(j))), sign = known ? known[j + 1] : negate_if(1.0f, negated(j + 1));
-      const float b = v[u][j + 1];
+      if (known && known->flips) {
+        const float a = v[u][j], b = v[u][j + 1];
+        v[u][j] = a + b;
+        v[u][j + 1] = a - b;
+        continue;
+      }
+      const float a = v[u][j] * (known ? known->with[j % 16] : negate_if(1.0f, negated(j)));
+      const float b = v[u][j + 1], sign = known ? known->with[(j + 1) % 16] : negate_if(1.0f, negated(j + 1));
       v[u][j] = fmaf(b, sign, a);
       v[u][j + 1] = fmaf(-b, sign, a);
     }
