@@ -1050,62 +1050,107 @@ post_hoc_kernel(Operand4 out, uint32_t* groups, Source x, BlockHow how) {
   for_each_strip<S, kTranspose>(source, how.rows_covered, how.cols_covered, shared,
                                 [&](auto& rows) { post_hoc_strip<S>(rows, out, groups, how, kKnown == Known::any ? nullptr : &signs); });
 }
-// What the second kernel does with a block. Scale byte, if asked for, and then values without T; else the values of a small block, which has had the
-// scale for `before`, if that is not 0. One NaN, and all is NaN: as with a scale of the tensor.
-__device__ __forceinline__ void align_block(const Operand4& out, const BlockHow& how, unsigned row, unsigned block, float c, float tensor, float before) {
-  const unsigned blocks = ceil_div((unsigned)out.cols, 16u);
-  const bool packed = out.scales != nullptr;
-  float had = c, scale = c;
-  if (c < 0x1p-6f * tensor) {
-    const uint4 draw = random_block(how.key, how.rounds, eden_draw(row, block, blocks));
-    const uint32_t word = row % 16 < 4 ? draw.x : row % 16 < 8 ? draw.y : row % 16 < 12 ? draw.z : draw.w;
-    scale = small_scale(c, tensor, word);
-    if (before != 0 && c < 0x1p-6f * before) had = small_scale(c, before, word);
-  }
-  if (tensor != tensor) scale = tensor;
-  if (packed) out.scales[scale_offset(row, block, blocks)] = e4m3_code(scale / tensor);
-  if (!out.values || (!packed && (had == scale || (had == 0 && scale == scale)))) return;         // 0 for a smaller T is 0 for this one
-  floatX* const values = out.values + (size_t)row * out.ld + block * 16;
-  Vec<floatX, 16> q = {};
-  if (packed || scale != 0) {
-    const Vec<floatX, 16> old = load_vec<16>(values);
-    const float ratio = scale / had;
+// The second kernel, for one operand, or both copies of a matrix. A thread has the 16 blocks of four units. Where the packed form is asked for, it writes
+// scale bytes, and values without T. Else most have nothing to do: it changes values of small blocks for which T was another, so that they have the scale
+// `had`. One NaN, and all is NaN, as with a scale of the tensor.
+struct AlignJob { Operand4 out; uint32_t* groups; unsigned units; BlockHow how; };
+struct AlignJobs { AlignJob job[2]; };
+__device__ __forceinline__ void pseudo_scales_of(float (&c)[4], const uint32_t* words) {
 #pragma unroll
-    for (int j = 0; j < 16; j++) {
-      float value;                                                                                // BF16 rounds the product to what it is to be
-      if (packed) value = e2m1_decode(out.codes[((size_t)row * out.ld + block * 16 + j) / 2] >> (4 * (j % 2)) & 15) * (scale / tensor);
-      else value = sizeof(floatX) == 2 ? to_float(old.v[j]) * ratio : to_float(old.v[j]) / had * scale;
-      q.v[j] = from_float<floatX>(value);
-    }
-  }
-  store_vec(values, q);
+  for (int i = 0; i < 4; i++) c[i] = bits_float((i % 2 ? words[i / 2] : words[i / 2] << 16) & 0xfff00000u);
 }
-// Sixteen blocks a thread: those of four units.
-__global__ void __launch_bounds__(256, 6) align_post_hoc_kernel(Operand4 out, uint32_t* groups, unsigned units, BlockHow how) {
-  const unsigned unit = 4 * (blockIdx.x * blockDim.x + threadIdx.x);
-  how.write_alpha(amax_for_alpha(out, how.recipe));
-  if (unit >= units) return;
-  Vec<uint32_t, 4> all[2];                                                                        // units are a multiple of 4
-  for (int h = 0; h < 2; h++) all[h] = load_vec<4>(pseudo_scales(groups, unit + 2 * h));
+__device__ __forceinline__ void small_scales(float (&scale)[4], const float (&c)[4], float tensor, const uint4& draw) {
+  const uint32_t word[4] = {draw.x, draw.y, draw.z, draw.w};
+#pragma unroll
+  for (int i = 0; i < 4; i++) if (c[i] < 0x1p-6f * tensor) scale[i] = small_scale(c[i], tensor, word[i]);
+}
+__device__ __forceinline__ bool any_small(const float (&c)[4], float tensor) {
+  bool any = false;
+#pragma unroll
+  for (int i = 0; i < 4; i++) any |= c[i] > 0 && c[i] < 0x1p-6f * tensor;
+  return any;
+}
+__global__ void __launch_bounds__(256, 4) align_post_hoc_kernel(AlignJobs jobs) {
+  const AlignJob& job = jobs.job[blockIdx.y];
+  const Operand4& out = job.out;
+  const unsigned first = 4 * (blockIdx.x * blockDim.x + threadIdx.x);
+  job.how.write_alpha(amax_for_alpha(out, job.how.recipe));
+  if (first >= job.units) return;                                                                 // units are a multiple of 4
+  Vec<uint32_t, 4> all[2];
+  for (int h = 0; h < 2; h++) all[h] = load_vec<4>(pseudo_scales(job.groups, first + 2 * h));
   const float tensor = post_hoc_tensor_scale(*out.amax);
+  const bool packed = out.scales != nullptr, broken = tensor != tensor;
+  const unsigned blocks = ceil_div((unsigned)out.cols, 16u), rows = (unsigned)out.rows;
+  float c[4];
+  if (packed) {
+    uint32_t bytes[4] = {};                                                                       // of a row: of four units
+#pragma unroll
+    for (int h = 0; h < 4; h++) {
+      pseudo_scales_of(c, &all[h / 2].v[h % 2 * 2]);
+      float scale[4] = {c[0], c[1], c[2], c[3]};
+      if (any_small(c, tensor)) small_scales(scale, c, tensor, random_block(job.how.key, job.how.rounds, first + h));
+#pragma unroll
+      for (int i = 0; i < 4; i++) bytes[i] |= (uint32_t)e4m3_code(scale[i] / tensor) << (8 * h);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      for (unsigned h = 0; h < 4; h++) {
+        const unsigned across = (first + h) / blocks, block = (first + h) % blocks, row = across / 4 * 16 + across % 4 + 4 * i;
+        if (row >= rows) continue;
+        uint8_t* const to = out.scales + scale_offset(row, block, blocks);
+        if (blocks % 4 == 0) { *(uint32_t*)to = bytes[i]; break; }                                // four neighbours
+        *to = (uint8_t)(bytes[i] >> (8 * h));
+      }
+    }
+    for (unsigned k = 0; out.values && k < 16; k++) {
+      const unsigned across = (first + k / 4) / blocks, block = (first + k / 4) % blocks, row = across / 4 * 16 + across % 4 + 4 * (k % 4);
+      if (row >= rows) continue;
+      const float scale = e4m3_decode(out.scales[scale_offset(row, block, blocks)]);
+      for (size_t j = 0, at = (size_t)row * out.ld + block * 16; j < 16; j++, at++)
+        out.values[at] = from_float<floatX>(e2m1_decode(out.codes[at / 2] >> (4 * (at % 2)) & 15) * scale);
+    }
+    return;
+  }
   const uint32_t now = spread_exponent(tensor_exponent(tensor)), mask = spread_exponent(0xff);
-  bool known = !out.scales;
+  bool nothing = true;
 #pragma unroll
-  for (int h = 0; h < 4; h++) known &= (all[h / 2].v[h % 2 * 2] & mask) == now;
-  if (known) return;
-  auto to_do = [&](uint32_t upper) { const float c = bits_float(upper & 0xfff00000u); return tensor != tensor || (c > 0 && c < 0x1p-6f * tensor); };
-  bool any = out.scales != nullptr;
-#pragma unroll
-  for (int k = 0; k < 8; k++) any |= to_do(all[k / 4].v[k % 4]) || to_do(all[k / 4].v[k % 4] << 16);
-  if (!any) return;
-  const unsigned blocks = ceil_div((unsigned)out.cols, 16u);
+  for (int h = 0; h < 4; h++) {
+    pseudo_scales_of(c, &all[h / 2].v[h % 2 * 2]);
+    nothing &= !broken && ((all[h / 2].v[h % 2 * 2] & mask) == now || !any_small(c, tensor));
+  }
+  if (nothing) return;
 #pragma unroll 1
-  for (unsigned k = 0; k < 16; k++) {                             // read again, so that the many who have nothing to do here need few registers
-    const unsigned across = (unit + k / 4) / blocks, block = (unit + k / 4) % blocks, row = across / 4 * 16 + across % 4 + 4 * (k % 4);
-    const uint32_t* const words = pseudo_scales(groups, unit + k / 4);
-    const uint32_t upper = k % 2 ? words[k % 4 / 2] : words[k % 4 / 2] << 16;
-    if (row < (unsigned)out.rows && (out.scales || to_do(upper)))
-      align_block(out, how, row, block, bits_float(upper & 0xfff00000u), tensor, bits_float(gathered_exponent(words[0]) << 23));
+  for (unsigned unit = first; unit < first + 4; unit++) {
+    const Vec<uint32_t, 2> words = load_vec<2>(pseudo_scales(job.groups, unit));
+    const float before = bits_float(gathered_exponent(words.v[0]) << 23);
+    pseudo_scales_of(c, words.v);
+    float had[4] = {c[0], c[1], c[2], c[3]}, scale[4] = {c[0], c[1], c[2], c[3]};
+    if (any_small(c, tensor)) {
+      const uint4 draw = random_block(job.how.key, job.how.rounds, unit);
+      small_scales(scale, c, tensor, draw);
+      if (before != 0) small_scales(had, c, before, draw);
+    }
+    const unsigned across = unit / blocks, row = across / 4 * 16 + across % 4;
+    floatX* const values = out.values + (size_t)row * out.ld + unit % blocks * 16;
+    const size_t step = (size_t)4 * out.ld;
+    Vec<floatX, 16> q[4];
+    bool change[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {                                                                 // a scale that is 0 under a smaller T is 0 under this one
+      change[i] = row + 4 * i < rows && (broken || (had[i] != scale[i] && had[i] != 0));
+      if (change[i]) q[i] = load_vec<16>(values + i * step);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      if (!change[i]) continue;
+      const float ratio = broken ? tensor : scale[i] / had[i];
+#pragma unroll
+      for (int j = 0; j < 16; j++) {                                                              // BF16 rounds the product to what it is to be
+        const float value = to_float(q[i].v[j]);
+        q[i].v[j] = from_float<floatX>(sizeof(floatX) == 2 || broken ? value * ratio : value / had[i] * scale[i]);
+      }
+      store_vec(values + i * step, q[i]);
+    }
   }
 }
 
@@ -1520,9 +1565,11 @@ inline void cover(BlockHow& how, const Operand4& out) {
   how.rows_covered = out.scales ? round_up(out.rows, 128) : out.rows;
   how.cols_covered = out.scales ? max(out.ld, round_up(ceil_div(out.cols, scale_cols), 4) * scale_cols) : out.ld;
 }
-inline void align_post_hoc(const Operand4& out, uint32_t* groups, const BlockHow& how) {
-  const unsigned units = round_up(out.rows, 16) / 4 * ceil_div(out.cols, 16);
-  launch(align_post_hoc_kernel, ceil_div(units, 1024u), 256, 0, out, groups, units, how);
+inline AlignJob align_job(const Operand4& out, uint32_t* groups, const BlockHow& how) {
+  return {out, groups, (unsigned)(round_up(out.rows, 16) / 4 * ceil_div(out.cols, 16)), how};
+}
+inline void align_post_hoc(const AlignJobs& jobs, unsigned count) {
+  launch(align_post_hoc_kernel, dim3(ceil_div(max(jobs.job[0].units, jobs.job[count - 1].units), 1024u), count), 256, 0, jobs);
 }
 template <bool kTranspose, bool kWarp, class Source>
 void launch_quantize(const Operand4& out, const Source& x, BlockHow how, uint32_t* groups, bool amax_known, bool amax_is_zero) {
@@ -1542,7 +1589,7 @@ void launch_quantize(const Operand4& out, const Source& x, BlockHow how, uint32_
     if (kHasKnown && is_known(r, Known::eden_rht128, how.signs))
       go(post_hoc_kernel<kTranspose, kWarp, Source, kHasKnown ? Known::eden_rht128 : Known::any>, out, groups, x, how);
     else go(post_hoc_kernel<kTranspose, kWarp, Source, Known::any>, out, groups, x, how);
-    return align_post_hoc(out, groups, how);
+    return align_post_hoc({{align_job(out, groups, how), {}}}, 1);
   }
   if (r.blocks == Blocks::b16x16 && r.scale == ScaleRule::four_six) {
     const unsigned tiles = ceil_div(out.rows, 16) * ceil_div(out.cols, 16), threads = kWarp ? 128 : 8;                 // 8 tiles in a block
@@ -1690,8 +1737,7 @@ bool quantize_both(Operand4 row, QuantizeHow row_how, Operand4 column, QuantizeH
         if (!column_how.amax_is_zero) device_zero(c.amax, 1);
         uint32_t* const others = groups + group_words(r.rows, r.cols);
         launch(post_hoc_both_kernel, both_blocks(squares), kBothThreads, kBothShared, r, c, groups, others, Matrix<bf16>{x, rows, cols}, a, b);
-        align_post_hoc(r, groups, a);
-        align_post_hoc(c, others, b);
+        align_post_hoc({{align_job(r, groups, a), align_job(c, others, b)}}, 2);
         return true;
       }
       if (with_pair(a, b, KnownPairs{}, go)) return true;
