@@ -602,8 +602,8 @@ inline void test_both_copies() {
         how.alpha = {alphas.p, others.p, column};
         turned.alpha = {alphas.p + 1, others.p + 1, row};
         at_once += quantize_both<true>(a.out, how, b.out, turned, (const bf16*)x.p, groups.p);
-        gemm_alpha(alphas.p + 2, others.p, a.amax.p, column, row);
-        gemm_alpha(alphas.p + 3, others.p + 1, b.amax.p, row, column);
+        gemm_alpha(alphas.p + 2, others.p, amax_for_alpha(a.out, row), column, row);
+        gemm_alpha(alphas.p + 3, others.p + 1, amax_for_alpha(b.out, column), row, column);
         const std::vector<float> alpha = alphas.host();
         for (int i = 0; i < 2; i++) m.add(alpha[i] == alpha[i + 2], (text + ", alpha").c_str(), i, alpha[i], alpha[i + 2]);
         quantize(c.out, (const bf16*)x.p, how, c.groups.p);
@@ -636,7 +636,7 @@ inline void test_both_copies() {
   check("one kernel made them wherever it could", at_once == could, "%zu of %zu", at_once, could);
   std::string known;
   for (const Recipe& r : recipe_table()) if (linear_wants_third(r)) known += (known.empty() ? "" : " ") + r.name;
-  check("one kernel makes both copies of dY in nvfp4, nvfp4-46, quartet2, best and fqt", known == "nvfp4 nvfp4-46 quartet2 best fqt", "%s", known.c_str());
+  check("one kernel makes both copies of dY in nvfp4, nvfp4-46, tetrajet2, quartet2, best and fqt", known == "nvfp4 nvfp4-46 tetrajet2 quartet2 best fqt", "%s", known.c_str());
 }
 
 // The kernel that makes an operand also writes alpha, with the bits of gemm_alpha(): every operand, beside every kind of other operand. With
@@ -654,8 +654,8 @@ inline void test_alpha_and_amax() {
     OperandOnDevice plain(o, transpose ? cols : rows, transpose ? rows : cols), d(o, transpose ? cols : rows, transpose ? rows : cols);
     quantize(plain.out, (const bf16*)x.p, how, plain.groups.p);
     how.amax_is_zero = true;
-    for (const char* other : {"bf16", "nvfp4", "nvfp4 scale=four_six", "nvfp4 outer=1x128", "nvfp4 rounding=eden16 rht=128 signs=fresh", "mxfp4 scale=range34", "mxfp8",
-                              "fp4_vector", "fp8_e4m3", "fp8_e5m2", "exact"}) {
+    for (const char* other : {"bf16", "nvfp4", "nvfp4 scale=four_six", "nvfp4 outer=1x128", "nvfp4 rounding=eden16 rht=128 signs=fresh", "nvfp4 rounding=eden16 scale=post_hoc rht=128 signs=fresh",
+                              "mxfp4 scale=range34", "mxfp8", "fp4_vector", "fp8_e4m3", "fp8_e5m2", "exact"}) {
       how.alpha.alpha = alphas.p;
       how.alpha.other = operand_of(other);
       how.alpha.other_amax = how.alpha.other.format == Format::bf16 ? nullptr : other_amax.p;
@@ -666,7 +666,7 @@ inline void test_alpha_and_amax() {
       const std::vector<float> both = alphas.host();
       alpha.add(both[0] == both[1] && alphas.guard_intact(), (text + " beside " + other).c_str(), transpose, both[0], both[1]);
     }
-    if (!needs_amax(o)) continue;
+    if (!needs_amax(o) && !is_post_hoc(o)) continue;
     compare_operands(amax, d.read(o), plain.read(o), text);
     d.amax.set({1e30f});
     quantize(d.out, (const bf16*)x.p, how, d.groups.p);
@@ -749,9 +749,11 @@ inline void scramble(OperandOnDevice& d, const OperandRecipe& o, bool wild, Rng&
 inline void test_packed_sources() {
   Mismatches m;
   Rng rng(180);
-  for (const char* from_text : {"nvfp4", "nvfp4 outer=1x128", "nvfp4 blocks=16x16", "nvfp4 scale=four_six", "nvfp4 rounding=eden16 rht=128 signs=fresh", "mxfp4 scale=range34", "mxfp4 scale=quest_nearest rht=32",
+  for (const char* from_text : {"nvfp4", "nvfp4 outer=1x128", "nvfp4 blocks=16x16", "nvfp4 scale=four_six", "nvfp4 rounding=eden16 rht=128 signs=fresh",
+                                "nvfp4 rounding=eden16 scale=post_hoc rht=128 signs=fresh", "mxfp4 scale=range34", "mxfp4 scale=quest_nearest rht=32",
                                 "fp4_vector", "fp8_e4m3", "fp8_e5m2", "mxfp8", "exact"})
-    for (const char* text : {"nvfp4 rounding=eden16 rht=128 signs=fresh", "nvfp4 outer=1x128 rounding=stochastic rht=16 signs=fresh", "nvfp4 blocks=16x16", "mxfp4 scale=range34", "fp4_vector", "exact"})
+    for (const char* text : {"nvfp4 rounding=eden16 rht=128 signs=fresh", "nvfp4 rounding=eden16 scale=post_hoc rht=128 signs=fresh", "nvfp4 outer=1x128 rounding=stochastic rht=16 signs=fresh",
+                             "nvfp4 blocks=16x16", "mxfp4 scale=range34", "fp4_vector", "exact"})
       for (auto [src_rows, cols] : {std::pair(37, 300), std::pair(150, 66), std::pair(400, 290)})
         for (int kind = 0; kind < 3; kind++) {               // what the quantizer wrote, other numbers, NaN and infinity too
           if (src_rows == 400 && (kind != 1 || (strcmp(text, "fp4_vector") && strncmp(text, "nvfp4 outer", 11)))) continue;
@@ -1024,6 +1026,14 @@ inline void test_post_hoc_scales() {
   }
   check("post hoc: scales of blocks down to 2^-25 of the largest are unbiased (4.5 sigma of 8192 draws), and the values hold the packed form's", worst < 4.5 && apart == 0,
         "worst mean %.2f sigma off; values differ by up to %g", worst, apart);
+  bool all_nan = true;                                        // as alpha would make them
+  for (float bad : {NAN, INFINITY}) {
+    std::vector<float> broken(x.begin(), x.begin() + 40 * cols);
+    broken[20 * cols + 17] = bad;
+    const OperandBytes q = kernel_operand<bf16>(broken, 40, cols, o, how, false, true);
+    for (int r = 0; r < 40; r++) for (int c = 0; c < cols; c++) all_nan &= q.values[(size_t)r * q.ld + c] != q.values[(size_t)r * q.ld + c];
+  }
+  check("post hoc: one NaN or infinity makes all values NaN, where the tensor's scale is in them", all_nan);
 }
 // 4 significant bits: all of 20 bits below them, and all random numbers of some.
 inline void test_e8m3() {
@@ -1329,7 +1339,7 @@ inline void test_layers_of_all_recipes() {
   for (const Recipe& row : recipes_and_variants()) {
     double worst_y = 0, worst_x = 0, worst_w = 0;
     bool guards = true, alike = true;
-    for (auto& size : {std::array<int, 3>{128, 128, 128}, {65, 72, 40}, {33, 200, 136}}) {
+    for (auto& size : {std::array<int, 3>{128, 128, 128}, {65, 72, 40}, {33, 200, 136}, {520, 40, 72}}) {
       LayerData d = gaussian_layer(size[0], size[1], size[2], 131);
       for (size_t i = 0; i < d.X.size(); i += 97) d.X[i] *= 16;              // outliers, so that masks and rotations have something to do
       const bool with_xt = can_save_xt(row);

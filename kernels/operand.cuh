@@ -48,7 +48,7 @@ __host__ __device__ inline bool is_eden(const OperandRecipe& how) { return how.r
 __host__ __device__ inline bool is_fp8(Format f) { return f == Format::fp8_e4m3 || f == Format::fp8_e5m2; }
 __host__ __device__ inline bool is_mx(Format f) { return f == Format::mxfp4 || f == Format::mxfp8; }
 // MS-EDEN whose block scales are found without the tensor's, which follows from them.
-__host__ __device__ inline bool is_post_hoc(const OperandRecipe& how) { return how.format == Format::nvfp4 && how.scale == ScaleRule::post_hoc; }
+__host__ __device__ constexpr bool is_post_hoc(const OperandRecipe& how) { return how.format == Format::nvfp4 && how.scale == ScaleRule::post_hoc; }
 // NVIDIA's transform rounds the rotated value to BF16, so that one tensor in memory could have been the input.
 __host__ __device__ inline bool rounds_rotated(const OperandRecipe& how) {
   return how.format == Format::nvfp4 && how.rht == 16 && how.signs == Signs::fixed;

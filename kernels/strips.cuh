@@ -447,7 +447,10 @@ template <class S> struct PackedRows {
       }
     } else if (x.how.format == Format::exact) {
 #pragma unroll
-      for (int j = 0; j < S::kUnit; j++) v[0][j] = x.at(at.col + j, row(i));
+      for (int j = 0; j < S::kUnit; j++) {
+        const int c = (at.col & 127) + j;
+        v[0][j] = bits_float(float_bits(x.at(at.col + j, row(i))) ^ x.flip[c / 32] >> c % 32 << 31);
+      }
     } else {
       const bool e5m2 = x.how.format == Format::fp8_e5m2;
 #pragma unroll
