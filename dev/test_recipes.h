@@ -744,7 +744,8 @@ inline void scramble(OperandOnDevice& d, const OperandRecipe& o, bool wild, Rng&
   const float extremes[] = {1e-44f, 1e-38f, 1, 0, 0x1p117f, 3e-5f, INFINITY, NAN};
   for (float& e : outer) e = extremes[rng.below(wild ? 8 : 6)];
   d.codes.set(codes); d.scales.set(scales); d.outer.set(outer);
-  d.amax.set({wild ? (rng.below(2) ? INFINITY : NAN) : std::vector<float>{1e-44f, 1e-38f, 3.4e38f, 1}[rng.below(4)]});
+  const std::vector<float> maxima = is_post_hoc(o) ? std::vector<float>{0x1p-110f, 1e-20f, 0x1p125f, 1} : std::vector<float>{1e-44f, 1e-38f, 3.4e38f, 1};    // pseudo-scales
+  d.amax.set({wild ? (rng.below(2) ? INFINITY : NAN) : maxima[rng.below(4)]});
 }
 inline void test_packed_sources() {
   Mismatches m;
