@@ -397,7 +397,7 @@ template <class S> struct PackedRows {
         b *= 256;
       }
       all[to + packed_row(32 * k, 1)] = inside ? a : 0;
-      all[kPackedFactors + to + packed_row(32 * k, 1)] = inside ? float_bits(b) ^ x.flip[k] >> lane << 31 : 0;
+      all[kPackedFactors + to + packed_row(32 * k, 1)] = (inside ? float_bits(b) : 0) ^ x.flip[k] >> lane << 31;      // zeros beyond the edge change, too
     }
     __syncwarp();
   }
