@@ -446,11 +446,10 @@ template <class S> struct PackedRows {
         for (int j = 0; j < S::kUnit; j++) v[0][j] *= x.tensor;
       }
     } else if (x.how.format == Format::exact) {
+      const int word = (at.col & 127) / 32;                     // not an index, for which a GPU would put the array into memory
+      const uint32_t flips = word == 0 ? x.flip[0] : word == 1 ? x.flip[1] : word == 2 ? x.flip[2] : x.flip[3];
 #pragma unroll
-      for (int j = 0; j < S::kUnit; j++) {
-        const int c = (at.col & 127) + j;
-        v[0][j] = bits_float(float_bits(x.at(at.col + j, row(i))) ^ x.flip[c / 32] >> c % 32 << 31);
-      }
+      for (int j = 0; j < S::kUnit; j++) v[0][j] = bits_float(float_bits(x.at(at.col + j, row(i))) ^ flips >> (at.col % 32 + j) << 31);
     } else {
       const bool e5m2 = x.how.format == Format::fp8_e5m2;
 #pragma unroll
