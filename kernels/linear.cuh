@@ -73,7 +73,7 @@ inline bool takes_plain_max(const OperandRecipe& o) {
 // Scratch for the two quantized operands of the GEMM in flight.
 struct LinearScratch {
   floatX* values[3] = {};                   // linear_scratch_elements(...) elements; the third linear_third_elements(...), or null
-  uint32_t* tiles = nullptr;                // linear_tile_words(...): maxima of 16x16 tiles and other groups of blocks
+  uint32_t* tiles = nullptr;                // linear_tile_words(...): maxima of 16x16 tiles and other groups of blocks, pseudo-scales
   Scalars* scalars = nullptr;               // maxima of operands, and alphas
   float* rotated = nullptr;                 // linear_scratch_elements(...), if linear_needs_rotated(recipe): an operand before rounding, or a
                                             // gradient before un-rotation

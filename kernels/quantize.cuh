@@ -37,8 +37,9 @@
 //         once, for both copies where one kernel makes them (quantize_both()), writes 2 bytes a value (values) or 0.56 (packed). A GPU's memory and
 //         the issue of instructions take about as long, so instructions are what counts. Executed for a value of the row copy (Nsight Compute),
 //         in three rounds of this: RN 17, 16, 17; SR 25, 23, 19; outer 1x128 RN 30, 25, 22, with SR and RHT16 45, 37, 31; MS-EDEN with RHT128 -, 42,
-//         38, post hoc 30 (two values rounded in one operation, a product in the place of a division, scales without the tensor's). In the searches for the maximum, a value and copy, by count in SASS: RHT16 and the plain maximum beside it 14, 6; RHT128 14, 10, of
-//         which shuffles 3 and 1; RHT128 from a packed operand 26, 15.
+//         38, post hoc 30 (two values rounded in one operation, a product in the place of a division, scales without the tensor's). In the searches
+//         for the maximum, a value and copy, by count in SASS: RHT16 and the plain maximum beside it 14, 6; RHT128 14, 10, of which shuffles 3 and 1;
+//         RHT128 from a packed operand 26, 15.
 //         Percent of the speed of a copy of the same bytes, values of 32768 x 3072, amax included / known (H100). The first chapter is
 //         dev/quantize_simple.cuh.
 //                                                            row RN     row SR     column RN RHT16   column SR RHT16
@@ -65,7 +66,7 @@
 //             from packed   columns MS-EDEN; 1x128 SR RHT16      .497, .397, .379; -, .374, .344
 //                           maximum of columns with RHT128       .237, .180, .181
 //         MS-EDEN post hoc, all of it, where the table above is without the search for the maximum (.09 a copy):
-//             rows .258, columns .279, both copies of dY .50, from packed .325; of these the second kernel .009 a copy, .06 to .15 if packed
+//             rows .258, columns .279, both copies of dY .505, from packed .325; of these the second kernel .009 a copy; packed .298, .320
 //         What did not pay: two blocks of 16 a lane (spills: 1.3 to 1.6 times as long); all 4 rows of a lane at once (158 registers, 8 warps a
 //         multiprocessor, not timed); blocks of rows that stay on (launch_strips()); for both copies six or five blocks of 128 threads, or three of
 //         256, with one square, or two of 256 with two (.99 to 1.04); their columns by ldmatrix (dY 1.00, X packed 1.03). Two stores of 16 bytes a
@@ -1161,7 +1162,7 @@ __global__ void __launch_bounds__(256, 4) align_post_hoc_kernel(AlignJobs jobs) 
 //   bytes an element, values     amax    codes      sum      apart
 //   nvfp4: dY                       2    2 + 2 + 2     8        10
 //   nvfp4: X, X^T packed            2    2 + 2 + .56  6.56     8.56
-//   quartet2: dY, maxima alone      2    2 + 2, 2 + 2 10        12
+//   quartet2: dY, scales post hoc   0    2 + 2 + 2     6         8        and 1/8 + 1/8 of pseudo-scales, written and read, for each copy
 // Banks   A row of the square takes 272 bytes: 16 more after its first 128, and 16 more after every 16 rows. Row copy: the 8 lanes that a 16-byte
 //         load serves at once are those of one row, lane a at byte 32 a, +16 from a = 4 on: words 0 8 16 24, then 4 12 20 28 (mod 32), 4 words each:
 //         all banks once. Column copy: lane (a, d), 16 rows of the square and one column apart, is at word 1092 a + d / 2 = 4 a + d / 2 (mod 32),
@@ -1651,8 +1652,8 @@ inline bool share_amax(const OperandRecipe& row, const OperandRecipe& column) {
   return needs_amax(row) && needs_amax(column) && row.format != Format::fp4_vector && column.format != Format::fp4_vector;
 }
 // The two copies of a matrix that one kernel makes: those of dY in nvfp4 (and nvfp4-46) and fqt, and of X in nvfp4. Codes in .83, .79 and .78 of the
-// time of two kernels (H100, 32768 x 3072, values). Those of dY in quartet2 and tetrajet2, with half of the warps for each: .94 and DYBOTH (H200); with
-// both in every warp they took 1.02 and 1.01, since a lane then holds two rotations' signs.
+// time of two kernels (H100, 32768 x 3072, values). Those of dY in quartet2 and tetrajet2, with half of the warps for each: .94 (H200, 65536 x
+// 3072) and .96 to 1.00 (in a step); with both in every warp they took 1.02 and 1.01, since a lane then holds two rotations' signs.
 template <Known kRow, Known kColumn> struct KnownPair {};
 template <class... pairs> struct PairList {};
 using KnownPairs = PairList<KnownPair<Known::sr, Known::sr16>, KnownPair<Known::sr, Known::sr>, KnownPair<Known::rn, Known::rn16>,

@@ -165,7 +165,7 @@ inline std::vector<Recipe> recipe_table() {
     r.wgrad = {back, from_forward(back)};
   }
   {
-    // What won in our own comparison (README, dev/results): gap to bf16 .025 +- .002 of three seeds, quartet2's .037 +- .002. Part by part, with one
+    // What won in our own comparison (README, dev/results; with scale=standard): gap to bf16 .025 +- .002 of three seeds, quartet2's .037 +- .002. Part by part, with one
     // seed and so within the noise: .034 with quartet2 alone, .027 with OutControl, .024 with the last blocks in BF16 as well. OsciReset, an option,
     // gained .001 to .002; quantizing W and X afresh in the backward pass lost .003.
     Recipe& r = row("best", "ours: quartet2 with TetraJet-v2's OutControl and NVIDIA's last blocks in BF16; the ablation is in dev/results");
