@@ -76,8 +76,10 @@
 //         from packed 1.03 to 1.06. A lane's four rows to four blocks where a matrix is small: weights 1.0, large columns 1.02. The maximum of a rotated
 //         block as |a| + |b| of its last butterfly: 1.00. RHT128's butterflies between lanes by a turn through shared memory and back, 24 operations for
 //         48 shuffles: rows .98, columns .99, from packed 1.02. Rounding to nearest with signs by pairs: more registers, 1.06; 4/6 without saturation: 1.05.
-//         Columns on an H100, where memory is what counts: 85 % of a copy, whatever the rounding (rows: 98); streaming stores, and tiles in the order of
-//         the operand's rows, 1.00: their search for the maximum, which stores nothing, already takes 1.12 of the time of the rows'.
+//         Columns on an H100, where memory is what counts: 85 % of a copy, whatever the rounding (rows: 98), 86 to 87 since fewer blocks are there at once
+//         (column_blocks()). Streaming stores, tiles in the order of the operand's rows, a third tile on its way, reading 256 bytes ahead into L2 (for the
+//         maximum of columns .95): 1.00. Tiles of 128 x 128 for columns alone, with two blocks of 256 threads: SR RHT16 .98, 1x128 .98, MS-EDEN .94
+//         (H200: 1.01, 1.16, 1.09).
 #pragma once
 #include <map>
 #include "operand.cuh"    // defines: Operand4, QuantizeHow, dequantize
@@ -1519,8 +1521,8 @@ inline void unpack_values(const Operand4& p, const OperandRecipe& how) {
 inline bool needs_amax(const OperandRecipe& r) {
   return (r.format == Format::nvfp4 && r.outer == Outer::tensor && !is_post_hoc(r)) || is_fp8(r.format) || r.format == Format::fp4_vector;
 }
-// Blocks of kernel<<<., threads>>> that the GPU holds at once.
-template <class Kernel> unsigned resident_blocks(Kernel kernel, [[maybe_unused]] unsigned threads) {
+// Blocks of kernel<<<., threads>>> that the GPU holds at once, at most `most` a multiprocessor.
+template <class Kernel> unsigned resident_blocks(Kernel kernel, [[maybe_unused]] unsigned threads, [[maybe_unused]] int most) {
 #ifdef CPU_BUILD
   (void)kernel;
   return 2;                                                    // so few that the tests' blocks stay, too, and fetch ahead
@@ -1528,23 +1530,31 @@ template <class Kernel> unsigned resident_blocks(Kernel kernel, [[maybe_unused]]
   static std::map<const void*, int> known;                     // one map for all kernels of a type
   int& blocks = known[(const void*)kernel];
   if (!blocks) CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, (int)threads, 0));
-  return (unsigned)(max(blocks, 1) * multiprocessors());
+  return (unsigned)(min(max(blocks, 1), most) * multiprocessors());
 #endif
 }
-// Runs a kernel with a warp for every strip (on the CPU: a thread), four strips a block. `stay`: no more blocks than the GPU holds at once, as for
-// columns, which fetch ahead, and for maxima. (Blocks of rows that stay, the next strip's first row on its way: 1.00 to 1.09 times as long, SR without
-// a rotation .95; H200.)
-template <bool kTranspose, bool kWarp, class Kernel, class... A> void launch_strips(Kernel kernel, bool stay, int rows, int cols, A... args) {
+// Runs a kernel with a warp for every strip (on the CPU: a thread), four strips a block. `stay`: at most so many blocks a multiprocessor, which go on to
+// the next strips, as for columns, which fetch ahead, and for maxima; 0: a block for every four strips. (Blocks of rows that stay, the next strip's
+// first row on its way: 1.00 to 1.09 times as long, SR without a rotation .95; H200.)
+constexpr int kStayAll = 32;                                   // as many as there is room for
+template <bool kTranspose, bool kWarp, class Kernel, class... A> void launch_strips(Kernel kernel, int stay, int rows, int cols, A... args) {
   const unsigned units = strip_units<Share<16, kWarp>, kTranspose>(rows, cols), threads = kWarp ? kStripThreads : 8;
-  const unsigned blocks = !kWarp ? ceil_div(units, 8u) : stay ? min(units, resident_blocks(kernel, threads)) : units;
+  const unsigned blocks = !kWarp ? ceil_div(units, 8u) : stay ? min(units, resident_blocks(kernel, threads, stay)) : units;
   launch(kernel, blocks, threads, 0, args...);
+}
+// Where memory is what columns wait for, as values under the tensor's scale, three blocks are better than the six that there is room for: what fewer tiles
+// ask for lies closer together. SR RHT16 .98 of the time on an H100, .96 on an H200; RN RHT16 .99, .98; W^T 1.00, .98. Those with more to do are slower with
+// three on an H200 (1x128 SR RHT16 1.12, MS-EDEN 1.14; H100 .95, 1.01), and so are packed ones (SR RHT16 1.07 on both).
+inline int column_blocks(const OperandRecipe& r, const Operand4& out) {
+  const bool little = r.outer == Outer::tensor && (r.rounding == Rounding::nearest || r.rounding == Rounding::stochastic) && r.scale == ScaleRule::standard;
+  return little && !out.codes ? 3 : kStayAll;
 }
 template <bool kTranspose, bool kWarp, class Source>
 void launch_amax(float* plain, float* rotated, uint32_t* row_amax, const Source& x, int rows, int cols, BlockHow how) {
   if (row_amax) device_zero(row_amax, (size_t)rows);
   how.rows_covered = rows;
   how.cols_covered = cols;
-  auto go = [&](auto kernel) { launch_strips<kTranspose, kWarp>(kernel, true, rows, cols, (unsigned*)plain, (unsigned*)rotated, row_amax, x, how); };
+  auto go = [&](auto kernel) { launch_strips<kTranspose, kWarp>(kernel, kStayAll, rows, cols, (unsigned*)plain, (unsigned*)rotated, row_amax, x, how); };
   if constexpr (!kWarp) return go(amax_kernel<kTranspose, kWarp, Source, -1>);
   else if (how.recipe.rht == 0) go(amax_kernel<kTranspose, kWarp, Source, 0>);
   else if (how.recipe.rht == 16) go(amax_kernel<kTranspose, kWarp, Source, 16>);
@@ -1581,7 +1591,8 @@ void launch_quantize(const Operand4& out, const Source& x, BlockHow how, uint32_
     launch_amax<kTranspose, kWarp>(r.rht ? nullptr : out.amax, r.rht ? out.amax : nullptr, r.format == Format::fp4_vector ? groups : nullptr, x,
                                    out.rows, out.cols, how);
   cover(how, out);
-  auto go = [&](auto kernel, auto... args) { launch_strips<kTranspose, kWarp>(kernel, kTranspose, how.rows_covered, how.cols_covered, args...); };
+  const int stay = !kTranspose ? 0 : Source::kRowCopy && r.format == Format::nvfp4 ? column_blocks(r, out) : kStayAll;
+  auto go = [&](auto kernel, auto... args) { launch_strips<kTranspose, kWarp>(kernel, stay, how.rows_covered, how.cols_covered, args...); };
   if (is_mx(r.format)) return go(mx_kernel<kTranspose, kWarp, Source>, out, x, how);
   if (r.format != Format::nvfp4) return go(plain_kernel<kTranspose, kWarp, Source>, out, groups, x, how);
   if (is_post_hoc(r)) {
