@@ -636,7 +636,7 @@ inline void test_both_copies() {
   check("one kernel made them wherever it could", at_once == could, "%zu of %zu", at_once, could);
   std::string known;
   for (const Recipe& r : recipe_table()) if (linear_wants_third(r)) known += (known.empty() ? "" : " ") + r.name;
-  check("one kernel makes both copies of dY in nvfp4, nvfp4-46, quartet2, best and fqt", known == "nvfp4 nvfp4-46 quartet2 best fqt", "%s", known.c_str());
+  check("one kernel makes both copies of dY in nvfp4, nvfp4-46, tetrajet2, quartet2, best and fqt", known == "nvfp4 nvfp4-46 tetrajet2 quartet2 best fqt", "%s", known.c_str());
 }
 
 // The kernel that makes an operand also writes alpha, with the bits of gemm_alpha(): every operand, beside every kind of other operand. With

@@ -967,8 +967,8 @@ __device__ __forceinline__ float small_scale(float c, float tensor, uint32_t wor
   return (k + (eden_uniform(word >> 16) < n - k ? 1.0f : 0.0f)) * (tensor * 0x1p-9f);
 }
 // Codes (if asked for), values and pseudo-scales of a strip. out.amax takes the largest one of these. What others have found by now is a lower bound of
-// it, and in 82 to 96 % of the strips of X and dY it has the right exponent already (H200, step 9 of GPT-2): with that T values alone become final here. Where it was another the
-// second kernel will know: the result does not depend on who comes first.
+// it, and in 82 to 96 % of the strips of X and dY it has the right exponent already (H200, step 9 of GPT-2): with that T values alone become final here.
+// Where it was another the second kernel will know: the result does not depend on who comes first.
 template <class S, class Rows>
 __device__ __forceinline__ void post_hoc_strip(Rows& rows, const Operand4& out, uint32_t* groups, const BlockHow& how, const InputSigns* known) {
   const OperandRecipe& recipe = how.recipe;
@@ -1280,31 +1280,39 @@ nvfp4_both_kernel(Operand4 row_out, Operand4 column_out, Matrix<bf16> x, BlockHo
     }
   });
 }
-// The same of MS-EDEN post hoc: half of the warps take the rows, half the columns, so that a lane holds the signs of one rotation.
+// The same where both have fresh signs: half of the warps take the rows, half the columns, so that a lane holds the signs of one rotation.
+template <Known kKnown>
 __global__ void __launch_bounds__(kBothThreads, kBothBlocks)
-post_hoc_both_kernel(Operand4 row_out, Operand4 column_out, uint32_t* row_groups, uint32_t* column_groups, Matrix<bf16> x, BlockHow row_how,
+both_halves_kernel(Operand4 row_out, Operand4 column_out, uint32_t* row_groups, uint32_t* column_groups, Matrix<bf16> x, BlockHow row_how,
                    BlockHow column_how) {
   using S = Share<16, true>;
   constexpr int kWarps = kBothThreads / 64;                      // of a half
-  make_known<Known::eden_rht128>(row_how);
-  make_known<Known::eden_rht128>(column_how);
+  constexpr bool kPostHoc = is_post_hoc(known_recipe(kKnown));
+  make_known<kKnown>(row_how);
+  make_known<kKnown>(column_how);
   DYNAMIC_SHARED(bf16, shared);
+  if (!kPostHoc) { row_how.write_alpha(row_out.amax); column_how.write_alpha(column_out.amax); }
   const int warp = (int)threadIdx.x / 32;
   const bool columns = warp >= kWarps;
   SignBits bits;
   for (int k = 0; k < 2; k++) bits.word[k] = columns ? column_how.signs.word[k] : row_how.signs.word[k];
-  const InputSigns signs(128, bits, false, (int)threadIdx.x % 8, 1.0f);
+  const InputSigns signs(known_recipe(kKnown).rht, bits, false, (int)threadIdx.x % 8, 1.0f);
   const unsigned down = ceil_div((unsigned)max(row_how.rows_covered, column_how.cols_covered), (unsigned)kSquare);
   const unsigned across = ceil_div((unsigned)max(row_how.cols_covered, column_how.rows_covered), (unsigned)kSquare);
+  auto take = [&](auto& rows, const Operand4& out, uint32_t* groups, const BlockHow& how) {
+    if (!rows.at.inside) return;
+    if constexpr (kPostHoc) post_hoc_strip<S>(rows, out, groups, how, &signs);
+    else nvfp4_strip<S>(rows, out, nullptr, how, TensorScale{}, &signs);
+  };
   for_each_square<kBothThreads>(x, down, across, shared, [&](const bf16* square, int row, int col) {
 #pragma unroll 1
     for (int strip = warp % kWarps; strip < 8; strip += kWarps) {
       if (columns) {
         SquareRows<S, true> rows(square, col, row, strip, column_how.rows_covered, column_how.cols_covered);
-        if (rows.at.inside) post_hoc_strip<S>(rows, column_out, column_groups, column_how, &signs);
+        take(rows, column_out, column_groups, column_how);
       } else {
         SquareRows<S, false> rows(square, row, col, strip, row_how.rows_covered, row_how.cols_covered);
-        if (rows.at.inside) post_hoc_strip<S>(rows, row_out, row_groups, row_how, &signs);
+        take(rows, row_out, row_groups, row_how);
       }
     }
   });
@@ -1655,20 +1663,20 @@ inline bool share_amax(const OperandRecipe& row, const OperandRecipe& column) {
   return needs_amax(row) && needs_amax(column) && row.format != Format::fp4_vector && column.format != Format::fp4_vector;
 }
 // The two copies of a matrix that one kernel makes: those of dY in nvfp4 (and nvfp4-46) and fqt, and of X in nvfp4. Codes in .83, .79 and .78 of the
-// time of two kernels (H100, 32768 x 3072, values). Those of dY in quartet2, with half of the warps for each: .94 (H200,
-// 65536 x 3072), .95 in a step. What did not pay: both in every warp, which then holds two rotations' signs, 1.02; tetrajet2's (outer_sr16 twice) so 1.01,
-// and with half of the warps for each 1.00 (H200, in a step).
+// time of two kernels (H100, 32768 x 3072, values). Those of dY in quartet2 and tetrajet2, with half of the warps for each (65536 x 3072): quartet2 .94 on an
+// H200, .95 in a step; tetrajet2 .86 on an H100, where memory counts for more (its step .988), and 1.00 on an H200. With both in every warp, which then
+// holds two rotations' signs, 1.02 and 1.01 (H200).
 template <Known kRow, Known kColumn> struct KnownPair {};
 template <class... pairs> struct PairList {};
 using KnownPairs = PairList<KnownPair<Known::sr, Known::sr16>, KnownPair<Known::sr, Known::sr>, KnownPair<Known::rn, Known::rn16>,
-                            KnownPair<Known::eden_rht128, Known::eden_rht128>>;
+                            KnownPair<Known::eden_rht128, Known::eden_rht128>, KnownPair<Known::outer_sr16, Known::outer_sr16>>;
 // Calls go(kernel) with the kernel for this pair, if there is one.
 template <class Go> bool with_pair(const BlockHow&, const BlockHow&, PairList<>, Go) { return false; }
 template <Known kRow, Known kColumn, class... others, class Go>
 bool with_pair(const BlockHow& row, const BlockHow& column, PairList<KnownPair<kRow, kColumn>, others...>, Go go) {
   const bool known = is_known(row.recipe, kRow, row.signs) && is_known(column.recipe, kColumn, column.signs);
   if (!known) return with_pair(row, column, PairList<others...>{}, go);
-  if constexpr (kRow == Known::eden_rht128) go(post_hoc_both_kernel, std::true_type{});
+  if constexpr (known_recipe(kRow).signs == Signs::fresh) go(both_halves_kernel<kRow>, std::true_type{});
   else go(nvfp4_both_kernel<kRow, kColumn>, std::false_type{});
   return true;
 }
@@ -1740,17 +1748,18 @@ bool quantize_both(Operand4 row, QuantizeHow row_how, Operand4 column, QuantizeH
       cover(b, c);
       const unsigned squares = ceil_div(max(a.rows_covered, b.cols_covered), kSquare) * ceil_div(max(a.cols_covered, b.rows_covered), kSquare);
       const Matrix<bf16> source = {x, rows, cols};
-      auto go = [&](auto kernel, auto post_hoc) {
+      auto go = [&](auto kernel, auto halves) {
         check_operand(r, row_how.recipe, groups);
         check_operand(c, column_how.recipe, groups);
-        if constexpr (!decltype(post_hoc)::value) {
+        if constexpr (!decltype(halves)::value) {
           launch(kernel, both_blocks(squares), kBothThreads, kBothShared, r, c, source, a, b);
         } else {
-          if (!row_how.amax_is_zero) device_zero(r.amax, 1);
-          if (!column_how.amax_is_zero) device_zero(c.amax, 1);
-          uint32_t* const others = groups + group_words(r.rows, r.cols);
+          const bool post_hoc = is_post_hoc(a.recipe);
+          if (post_hoc && !row_how.amax_is_zero) device_zero(r.amax, 1);
+          if (post_hoc && !column_how.amax_is_zero) device_zero(c.amax, 1);
+          uint32_t* const others = post_hoc ? groups + group_words(r.rows, r.cols) : nullptr;
           launch(kernel, both_blocks(squares), kBothThreads, kBothShared, r, c, groups, others, source, a, b);
-          align_post_hoc({{align_job(r, groups, a), align_job(c, others, b)}}, 2);
+          if (post_hoc) align_post_hoc({{align_job(r, groups, a), align_job(c, others, b)}}, 2);
         }
       };
       if (with_pair(a, b, KnownPairs{}, go)) return true;
