@@ -49,7 +49,7 @@ VARIANT := $(if $(CPU),cpu,gpu)$(if $(FP32),-fp32)$(if $(SANITIZE),-sanitize)
 BUILD   := build/$(VARIANT)
 
 WARN     := -Wall -Wextra
-SANITIZERS := -g -fsanitize=address,undefined -fno-sanitize-recover=undefined
+SANITIZERS := -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined
 # With g++ 12: 41 s of compiling. With more of -O3 (-fpeel-loops -funswitch-loops, more inlining) 50, and a step takes as long: the hottest loops are
 # written in vectors (kernels/simd.cuh). -O2 alone compiles in about as long as this, and a step takes a tenth to a fifth more. clang: -O3.
 GCC_OPT  := -O2 -ftree-vectorize -fvect-cost-model=dynamic

@@ -1,4 +1,4 @@
-// test_fp4.cu -- every check of the project, in one program: ./test_fp4 [--only TEXT] [--quick] [--kernels] [--bench]
+// test_fp4.cu -- every check of the project, in one program: ./test_fp4 [--only TEXT] [--quick] [--kernels | --no-kernels] [--bench]
 //
 //     the ground       launch, barriers, shuffles; on the CPU also that what would hang is reported      dev/test_runtime.h
 //     formats          E2M1, E4M3, E8M0 over all codes and all BF16 values; Philox's known answers       dev/test_formats.h
@@ -31,15 +31,16 @@
 #include "dev/test_runtime.h"
 
 int main(int argc, char** argv) {
-  bool quick = false, kernels = false, only_bench = false;
+  bool quick = false, kernels = false, no_kernels = false, only_bench = false;
   for (int i = 1; i < argc; i++) {
     const std::string a = argv[i];
     if (a == "--quick") quick = true;
     else if (a == "--kernels") kernels = true;
+    else if (a == "--no-kernels") no_kernels = true;
     else if (a == "--bench") only_bench = true;
     else if (a == "--export" && i + 1 < argc) { export_models(argv[++i]); return 0; }
     else if (a == "--only" && i + 1 < argc) tests.only = argv[++i];
-    else die_usage("there is no option '%s'; allowed: --quick (no long runs), --kernels (kernels only), --bench (no checks: times), --export DIR (no checks: models for transformers), --only TEXT (sections whose title contains TEXT)", argv[i]);
+    else die_usage("there is no option '%s'; allowed: --quick (no long runs), --kernels (kernels only), --no-kernels (all but these), --bench (no checks: times), --export DIR (no checks: models for transformers), --only TEXT (sections whose title contains TEXT)", argv[i]);
   }
 #ifndef CPU_BUILD
   int gpus = 0;
@@ -61,12 +62,15 @@ int main(int argc, char** argv) {
     return 0;
   }
 
-  test_runtime();
-  test_formats();
-  test_quantize();
-  test_quantizer_forms();
-  test_layers();
-  test_native();
+  if (kernels && no_kernels) die_usage("--kernels and --no-kernels leave nothing to check");
+  if (!no_kernels) {
+    test_runtime();
+    test_formats();
+    test_quantize();
+    test_quantizer_forms();
+    test_layers();
+    test_native();
+  }
   if (!kernels) {
     test_data();
     test_checkpoint();
@@ -81,7 +85,7 @@ int main(int argc, char** argv) {
       test_kill(20);
     }
   }
-  if (kOnCpu && !kernels && !quick && !getenv("CUDA_ON_CPU_REVERSE")) {
+  if (kOnCpu && !kernels && !no_kernels && !quick && !getenv("CUDA_ON_CPU_REVERSE")) {
     printf("\nOnce more, the kernels with threads and blocks in the opposite order\n");
     fflush(stdout);
     const ChildResult r = shell("CUDA_ON_CPU_REVERSE=1 " + program_path("test_fp4") + " --kernels" + (tests.only.empty() ? "" : " --only '" + tests.only + "'"));
