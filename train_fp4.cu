@@ -412,6 +412,7 @@ struct Model {
   floatX *dresidual, *dnorm, *datt, *dqkv, *dact, *dfc, *dfinal;
   LinearScratch scratch;
   Scalars scalars;                     // (Scalars::kLayer) for each linear layer
+  bool search_maxima = false;          // tests: of inputs of linear layers, although the kernels that write them could find them
 
   int qkv_width() const { return (config.heads + 2 * config.kv_heads) * config.head_dim; }
   int att_width() const { return config.heads * config.head_dim; }
@@ -668,9 +669,9 @@ void load_batch(Model& m, const int* tokens, const int* targets, int B, int S) {
   if (targets) to_device(m.targets, targets, (size_t)B * S);
 }
 
-void norm_forward(const Model& m, floatX* out, float* mean, float* rstd, const floatX* x, const Weight& w, const Weight& bias, int T) {
-  if (m.config.llama) rmsnorm_forward(out, rstd, x, w.master, T, m.config.channels, m.config.norm_eps);
-  else layernorm_forward(out, mean, rstd, x, w.master, bias.master, T, m.config.channels, m.config.norm_eps);
+void norm_forward(const Model& m, floatX* out, float* mean, float* rstd, const floatX* x, const Weight& w, const Weight& bias, int T, float* amax = nullptr) {
+  if (m.config.llama) rmsnorm_forward(out, rstd, x, w.master, T, m.config.channels, m.config.norm_eps, amax);
+  else layernorm_forward(out, mean, rstd, x, w.master, bias.master, T, m.config.channels, m.config.norm_eps, amax);
 }
 
 // Random streams: four linear layers a block.
@@ -705,17 +706,20 @@ void forward(Model& m, int B, int S, uint32_t micro_step) {
     auto key = [&](int which) { return linear_key(m, micro_step, l, which); };
     auto control = [&](int which) { return layer_control(m, l, which); };
     auto saved = [&](int which) { return m.training && !a.saved[which].again ? &a.saved[which] : nullptr; };
-    norm_forward(m, a.ln1, a.ln1_mean, a.ln1_rstd, x, w.ln1, w.ln1_bias, T);                             // (T,C)
-    linear_forward(control(0), a.qkv, a.ln1, w.qkv.work, T, C, m.qkv_width(), r, key(0), m.scratch, saved(0), {w.qkv_bias.work});   // (T,C) -> (T,(H+2G)D)
+    // max|x| of a linear layer's input, by the kernel that writes it, where the quantizer would search for it
+    auto amax = [&](int which) { return !m.search_maxima && wants_x_amax(control(which), r, saved(which)) ? m.scalars.take() : nullptr; };
+    float *const ln1_amax = amax(0), *const att_amax = amax(1), *const ln2_amax = amax(2), *const act_amax = c.llama ? amax(3) : nullptr;
+    norm_forward(m, a.ln1, a.ln1_mean, a.ln1_rstd, x, w.ln1, w.ln1_bias, T, ln1_amax);                   // (T,C)
+    linear_forward(control(0), a.qkv, a.ln1, w.qkv.work, T, C, m.qkv_width(), r, key(0), m.scratch, saved(0), {w.qkv_bias.work}, ln1_amax);   // (T,C) -> (T,(H+2G)D)
     if (c.llama) rope_forward(a.qkv, m.rope, B, S, H, G, D);
-    attention_forward(a.att, a.lse, a.qkv, B, S, H, G, D);                                               // -> (T,HD)
-    linear_forward(control(1), a.mid, a.att, w.out.work, T, H * D, C, r, key(1), m.scratch, saved(1), {w.out_bias.work, x});        // x + (T,HD) -> (T,C)
-    norm_forward(m, a.ln2, a.ln2_mean, a.ln2_rstd, a.mid, w.ln2, w.ln2_bias, T);                         // (T,C)
+    attention_forward(a.att, a.lse, a.qkv, B, S, H, G, D, att_amax);                                     // -> (T,HD)
+    linear_forward(control(1), a.mid, a.att, w.out.work, T, H * D, C, r, key(1), m.scratch, saved(1), {w.out_bias.work, x}, att_amax);   // x + (T,HD) -> (T,C)
+    norm_forward(m, a.ln2, a.ln2_mean, a.ln2_rstd, a.mid, w.ln2, w.ln2_bias, T, ln2_amax);               // (T,C)
     if (c.llama) {
-      linear_forward(control(2), a.fc, a.ln2, w.fc.work, T, C, m.fc_width(), r, key(2), m.scratch, saved(2));                      // (T,C) -> (T,2F)
-      swiglu_forward(a.act, a.fc, T, F);                                                                 // (T,F)
-    } else linear_forward(control(2), a.act, a.ln2, w.fc.work, T, C, F, r, key(2), m.scratch, saved(2), {w.fc_bias.work, nullptr, a.fc});   // 2 (T,F)
-    linear_forward(control(3), a.result, a.act, w.down.work, T, F, C, r, key(3), m.scratch, saved(3), {w.down_bias.work, a.mid});   // mid + (T,F) -> (T,C)
+      linear_forward(control(2), a.fc, a.ln2, w.fc.work, T, C, m.fc_width(), r, key(2), m.scratch, saved(2), {}, ln2_amax);   // (T,C) -> (T,2F)
+      swiglu_forward(a.act, a.fc, T, F, act_amax);                                                       // (T,F)
+    } else linear_forward(control(2), a.act, a.ln2, w.fc.work, T, C, F, r, key(2), m.scratch, saved(2), {w.fc_bias.work, nullptr, a.fc}, ln2_amax);   // 2 (T,F)
+    linear_forward(control(3), a.result, a.act, w.down.work, T, F, C, r, key(3), m.scratch, saved(3), {w.down_bias.work, a.mid}, act_amax);   // mid + (T,F) -> (T,C)
     x = a.result;
   }
   norm_forward(m, m.final, m.final_mean, m.final_rstd, x, m.ln_final, m.ln_final_bias, T);               // (T,C)

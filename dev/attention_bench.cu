@@ -9,7 +9,7 @@
 #include "../kernels/attention.cuh"
 
 struct Shape { int B, T, H, KV, D; };
-struct Forward { const char* name; int D, runs; void (*run)(bf16* out, float* lse, const bf16* qkv, int B, int T, int H, int KV, int D); };
+struct Forward { const char* name; int D, runs; void (*run)(bf16* out, float* lse, const bf16* qkv, int B, int T, int H, int KV, int D, float* amax); };
 struct Backward {
   const char* name;
   int D, runs;
@@ -115,7 +115,7 @@ static void check_errors(Shape s) {
   for (const Forward& f : forwards()) {
     if (f.D != s.D) continue;
     CUDA_CHECK(cudaMemset(x.out, 0xff, x.n_out * 2));
-    f.run(x.out, x.lse, x.qkv, s.B, s.T, s.H, s.KV, s.D);
+    f.run(x.out, x.lse, x.qkv, s.B, s.T, s.H, s.KV, s.D, nullptr);
     printf("  fwd %-20s %.2e\n", f.name, error(x.out, out, x.n_out, 1, 0, 1));
   }
   for (const Backward& f : backwards()) {
@@ -134,8 +134,8 @@ static void time_shape(Shape s) {
   printf("B %d T %d H %d KV %d D %d\n", s.B, s.T, s.H, s.KV, s.D);
   for (const Forward& f : forwards()) {
     if (f.D != s.D) continue;
-    for (int i = 0; i < 2; i++) f.run(x.out2, x.lse, x.qkv, s.B, s.T, s.H, s.KV, s.D);
-    const double ms = median_ms([&] { f.run(x.out, x.lse, x.qkv, s.B, s.T, s.H, s.KV, s.D); }, f.runs);
+    for (int i = 0; i < 2; i++) f.run(x.out2, x.lse, x.qkv, s.B, s.T, s.H, s.KV, s.D, nullptr);
+    const double ms = median_ms([&] { f.run(x.out, x.lse, x.qkv, s.B, s.T, s.H, s.KV, s.D, nullptr); }, f.runs);
     printf("  fwd %-20s %8.3f ms %7.1f TFLOP/s  %u words differ\n", f.name, ms, flops / ms / 1e9, differences(x.out, x.out2, x.n_out));
     fflush(stdout);
   }

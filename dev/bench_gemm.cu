@@ -180,7 +180,7 @@ int main(int argc, char** argv) {
     {"residual of 768", [&] { residual_forward(m.d, m.c, m.aux, m.bias, T, C); }, {}},
     {"norm of 768, row held", [&] { layernorm_forward(m.d, m.sums, m.sums + T, m.c, weight, weight + C, T, C, 1e-5f); }, {}},
     {"norm of 768, three passes", [&] {
-      launch(norm_forward_kernel<true, 32, kVecX>, row_grid(T), row_block<32>(), 0, m.d, m.sums, m.sums + T, m.c, weight, weight + C, T, C, 1e-5f);
+      launch(norm_forward_kernel<true, false, 32, kVecX>, row_grid(T), row_block<32>(), 0, m.d, m.sums, m.sums + T, m.c, weight, weight + C, T, C, 1e-5f, nullptr);
     }, {}}};
 
   constexpr int kRounds = 13, kWarm = 2;

@@ -897,7 +897,7 @@ template <int kLanes> void test_grad_norm() {
 // One version of the kernels: forward and backward under one name.
 template <class Value> struct AttentionVersion {
   const char* name;
-  void (*forward)(Value* out, float* lse, const Value* qkv, int B, int T, int H, int KV, int D);
+  void (*forward)(Value* out, float* lse, const Value* qkv, int B, int T, int H, int KV, int D, float* amax);
   void (*backward)(Value* dqkv, const Value* dout, const Value* qkv, const Value* out, const float* lse, float* scratch, int B, int T, int H, int KV, int D);
   size_t (*scratch)(int B, int T, int H, int D);           // floats
 };
@@ -915,7 +915,7 @@ template <class Value> void test_attention_case(const AttentionVersion<Value>& v
   TestArray<Value> out(tokens * H * D), dqkv(qkv.n), dqkv_again(qkv.n);
   TestArray<float> lse((size_t)B * H * T), scratch(version.scratch(B, T, H, D));
   std::string at = shape({B, T, H, KV, D});
-  version.forward(out.p, lse.p, qkv.p, B, T, H, KV, D);
+  version.forward(out.p, lse.p, qkv.p, B, T, H, KV, D, nullptr);
   reference::Attention ref = reference::attention(qkv.values, B, T, H, KV, D);
   // On BF16 tensor cores the probabilities are rounded to BF16 before they meet V: half an ulp of each, and the errors average out.
   // Scores are sums in FP32, and the error of a score is a relative error of its probability.
@@ -950,7 +950,7 @@ template <class Value> void test_attention(const AttentionVersion<Value>& versio
 }
 // The tensor core version as it is where a block may use kShared bytes of shared memory.
 template <size_t kShared> AttentionVersion<bf16> tensor_core_version(const char* name) {
-  return {name, [](bf16* out, float* lse, const bf16* qkv, int B, int T, int H, int KV, int D) { attention_forward_mma(out, lse, qkv, B, T, H, KV, D, kShared); },
+  return {name, [](bf16* out, float* lse, const bf16* qkv, int B, int T, int H, int KV, int D, float* amax) { attention_forward_mma(out, lse, qkv, B, T, H, KV, D, amax, kShared); },
           [](bf16* dqkv, const bf16* dout, const bf16* qkv, const bf16* out, const float* lse, float* scratch, int B, int T, int H, int KV, int D) {
             attention_backward_mma(dqkv, dout, qkv, out, lse, scratch, B, T, H, KV, D, kShared); },
           [](int B, int T, int H, int D) { return attention_backward_mma_scratch(B, T, H, D, kShared); }};

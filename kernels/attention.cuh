@@ -16,6 +16,7 @@
 //           dQ); the simple version walks over queries for dK and dV and over keys for dQ, and computes S and dP twice: 7.
 //           Bytes, each matrix once: forward (2 H + 2 KV) D elements a token, backward (5 H + 6 KV) D. Forward without GQA that is T / 4
 //           flops a byte. Backward also adds up dQ in float, H D floats of scratch a token, read and written T / 256 times on average.
+//           Forward it also finds max|O| for the quantizer that follows, if that asks (amax.cuh): once a block, on its way out.
 //
 // How       Forward: a block owns queries and walks over the keys they see; scores and probabilities never leave the registers.
 //           Backward: delta is a pass of its own, for it needs whole rows of dO and O. Then a block owns keys, sums their dK and dV in
@@ -62,6 +63,7 @@
 //           are 6 % faster, but 3 % slower with 12: one shape for both is simpler.
 #pragma once
 #include <type_traits>
+#include "amax.cuh"    // defines: StoredMax, raise_amax
 #include "cuda.cuh"    // defines: launch, bf16, floatX, DYNAMIC_SHARED, lanes_sum, Vec
 #include "ptx.cuh"     // defines: mma_m16n8k16_bf16, ldmatrix_x4, cp_async, ex2_approx, pack_bf16
 
@@ -165,10 +167,17 @@ __device__ inline void load_own(float (*x)[kRows], const Value* from, size_t ld,
   for (int r = 0; r < kRows; r++)
     for (int d = 0; d < round_up(D, 4); d++) x[d][r] = row0 + r < T && d < D ? factor * to_float(from[(row0 + r) * ld + d]) : 0;
 }
+// The same way back. Returns the largest of what it stored, as StoredMax has it.
 template <int kRows, class Value>
-__device__ inline void store_own(Value* to, size_t ld, const float (*x)[kRows], const float* factor, int row0, int T, int D) {
+__device__ inline uint32_t store_own(Value* to, size_t ld, const float (*x)[kRows], const float* factor, int row0, int T, int D) {
+  StoredMax<Value, 1> most;
   for (int r = 0; r < kRows && row0 + r < T; r++)
-    for (int d = 0; d < D; d++) to[(row0 + r) * ld + d] = from_float<Value>(x[d][r] * factor[r]);
+    for (int d = 0; d < D; d++) {
+      const Vec<Value, 1> y = {{from_float<Value>(x[d][r] * factor[r])}};
+      store_vec(to + (row0 + r) * ld + d, y);
+      most.add(y);
+    }
+  return most.bits();
 }
 // The block's threads together: tile[j][d] = row row0 + j of `from` as float, zeros past row T and past column D
 template <int kThreads, class Value> __device__ inline void load_tile(float* tile, const Value* from, size_t ld, int row0, int T, int D) {
@@ -185,7 +194,7 @@ template <int kRows> __device__ inline void set_zero(float (*x)[kRows], int n) {
 }
 
 template <class Value, int kRows, int kThreads>
-__global__ void __launch_bounds__(kThreads) attention_forward_simple_kernel(Value* out, float* lse, const Value* qkv, int T, int H, int KV, int D) {
+__global__ void __launch_bounds__(kThreads) attention_forward_simple_kernel(Value* out, float* lse, const Value* qkv, int T, int H, int KV, int D, float* amax) {
   __shared__ float k_tile[kTileRows * kMaxHeadSize], v_tile[kTileRows * kMaxHeadSize];
   const int first = ((int)gridDim.x - 1 - (int)blockIdx.x) * kRows * kThreads, h = blockIdx.y, b = blockIdx.z;   // long rows first
   const int row0 = first + threadIdx.x * kRows, Dp = round_up(D, 4);
@@ -229,7 +238,8 @@ __global__ void __launch_bounds__(kThreads) attention_forward_simple_kernel(Valu
     if (row0 + r < T) lse[((size_t)b * H + h) * T + row0 + r] = max[r] * kLn2 + logf(sum[r]);
     sum[r] = 1 / sum[r];
   }
-  store_own<kRows>(out + (size_t)b * T * H * D + h * D, (size_t)H * D, o, sum, row0, T, D);
+  const uint32_t most = store_own<kRows>(out + (size_t)b * T * H * D + h * D, (size_t)H * D, o, sum, row0, T, D);
+  if (amax) raise_amax(amax, most);
 }
 
 // dQ: a thread owns queries and walks over the keys.
@@ -330,10 +340,10 @@ inline void check_attention_shape(int B, int T, int H, int KV, int D) {
 constexpr int kSimpleRows = kOnCpu ? 32 : 1, kSimpleThreads = kOnCpu ? 1 : 64;   // the tests also run <1, 64> on the CPU
 
 template <class Value, int kRows = kSimpleRows, int kThreads = kSimpleThreads>
-void attention_forward_simple(Value* out, float* lse, const Value* qkv, int B, int T, int H, int KV, int D) {
+void attention_forward_simple(Value* out, float* lse, const Value* qkv, int B, int T, int H, int KV, int D, float* amax = nullptr) {
   check_attention_shape(B, T, H, KV, D);
   const dim3 grid(ceil_div(T, kRows * kThreads), H, B);
-  launch(attention_forward_simple_kernel<Value, kRows, kThreads>, grid, kThreads, 0, out, lse, qkv, T, H, KV, D);
+  launch(attention_forward_simple_kernel<Value, kRows, kThreads>, grid, kThreads, 0, out, lse, qkv, T, H, KV, D, amax);
 }
 template <class Value, int kRows = kSimpleRows, int kThreads = kSimpleThreads>
 void attention_backward_simple(Value* dqkv, const Value* dout, const Value* qkv, const Value* out, const float* lse, float* delta,
@@ -439,10 +449,12 @@ __device__ inline void pack_fragment(uint32_t (&a)[4], const float (&left)[4], c
   a[2] = pack_bf16(right[0], right[1]);
   a[3] = pack_bf16(right[2], right[3]);
 }
-// Writes 16 rows from row0 on and kColumns columns from column0 on: row g times factor0, row g + 8 times factor1
+// Writes 16 rows from row0 on and kColumns columns from column0 on: row g times factor0, row g + 8 times factor1. Returns the largest of what
+// this thread stored, as StoredMax has it.
 template <int kColumns>
-__device__ inline void store_block(bf16* to, size_t ld, const float (&c)[kColumns / 8][4], float factor0, float factor1, int row0, int column0,
-                                   int T, int D) {
+__device__ inline uint32_t store_block(bf16* to, size_t ld, const float (&c)[kColumns / 8][4], float factor0, float factor1, int row0, int column0,
+                                       int T, int D) {
+  StoredMax<bf16, 2> most;
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     const int row = row0 + threadIdx.x % 32 / 4 + 8 * half;
@@ -451,9 +463,13 @@ __device__ inline void store_block(bf16* to, size_t ld, const float (&c)[kColumn
 #pragma unroll
     for (int n = 0; n < kColumns / 8; n++) {
       const int d = column0 + 8 * n + threadIdx.x % 4 * 2;
-      if (d < D) store_vec(to + row * ld + d, Vec<bf16, 2>{{to_bf16(c[n][2 * half] * factor), to_bf16(c[n][2 * half + 1] * factor)}});
+      if (d >= D) continue;
+      const Vec<bf16, 2> y = {{to_bf16(c[n][2 * half] * factor), to_bf16(c[n][2 * half + 1] * factor)}};
+      store_vec(to + row * ld + d, y);
+      most.add(y);
     }
   }
+  return most.bits();
 }
 // What a block may use of shared memory: 227 KB on H100 and B200, 163 KB on A100, 99 KB on GeForce.
 inline size_t shared_memory_limit() {
@@ -479,7 +495,7 @@ template <int kD_, int kN_> struct ForwardTiles {
 constexpr float kMaxGrowth = 8;
 
 template <class C>
-__global__ void __launch_bounds__(C::kThreads, 2) attention_forward_mma_kernel(bf16* out, float* lse, const bf16* qkv, int T, int H, int KV, int D) {
+__global__ void __launch_bounds__(C::kThreads, 2) attention_forward_mma_kernel(bf16* out, float* lse, const bf16* qkv, int T, int H, int KV, int D, float* amax) {
   constexpr int kD = C::kD, kM = C::kM, kN = C::kN;
   DYNAMIC_SHARED(bf16, shared);
   const int first = ((int)gridDim.x - 1 - (int)blockIdx.x) * C::kRows, h = blockIdx.y, b = blockIdx.z;      // long rows first
@@ -580,6 +596,7 @@ __global__ void __launch_bounds__(C::kThreads, 2) attention_forward_mma_kernel(b
       product_rows<kD, kD, kM>(o, p, v_rows + 16 * c * kMmaStride<kD>);
     }
   }
+  uint32_t most = 0;
 #pragma unroll
   for (int m = 0; m < kM; m++) {
     float factor[2];
@@ -592,20 +609,24 @@ __global__ void __launch_bounds__(C::kThreads, 2) attention_forward_mma_kernel(b
       const int row = row0 + 16 * m + g + 8 * half;
       if (t == 0 && row < T) lse[((size_t)b * H + h) * T + row] = max[m][half] * scale * kLn2 + logf(total);
     }
-    store_block<kD>(out + (size_t)b * T * H * D + h * D, (size_t)H * D, o[m], factor[0], factor[1], row0 + 16 * m, 0, T, D);
+    most = ::max(most, store_block<kD>(out + (size_t)b * T * H * D + h * D, (size_t)H * D, o[m], factor[0], factor[1], row0 + 16 * m, 0, T, D));
   }
+  if (!amax) return;
+  most = lanes_most<32>(most);
+  if (threadIdx.x % 32 == 0) raise_amax(amax, most);
 }
-template <class C> void attention_forward_tiles(bf16* out, float* lse, const bf16* qkv, int B, int T, int H, int KV, int D) {
+template <class C> void attention_forward_tiles(bf16* out, float* lse, const bf16* qkv, int B, int T, int H, int KV, int D, float* amax = nullptr) {
   check_attention_shape(B, T, H, KV, D);
-  launch(attention_forward_mma_kernel<C>, dim3(ceil_div(T, C::kRows), H, B), C::kThreads, C::kShared, out, lse, qkv, T, H, KV, D);
+  launch(attention_forward_mma_kernel<C>, dim3(ceil_div(T, C::kRows), H, B), C::kThreads, C::kShared, out, lse, qkv, T, H, KV, D, amax);
 }
-inline void attention_forward_mma(bf16* out, float* lse, const bf16* qkv, int B, int T, int H, int KV, int D, size_t shared = shared_memory_limit()) {
+inline void attention_forward_mma(bf16* out, float* lse, const bf16* qkv, int B, int T, int H, int KV, int D, float* amax = nullptr,
+                                  size_t shared = shared_memory_limit()) {
   using Small = ForwardTiles<64, 64>;
   using Large = ForwardTiles<128, 64>;
   using LargeLess = ForwardTiles<128, 32>;                                     // 70 KB of shared memory instead of 104
-  if (D <= Small::kD) attention_forward_tiles<Small>(out, lse, qkv, B, T, H, KV, D);
-  else if (Large::kShared <= shared) attention_forward_tiles<Large>(out, lse, qkv, B, T, H, KV, D);
-  else attention_forward_tiles<LargeLess>(out, lse, qkv, B, T, H, KV, D);
+  if (D <= Small::kD) attention_forward_tiles<Small>(out, lse, qkv, B, T, H, KV, D, amax);
+  else if (Large::kShared <= shared) attention_forward_tiles<Large>(out, lse, qkv, B, T, H, KV, D, amax);
+  else attention_forward_tiles<LargeLess>(out, lse, qkv, B, T, H, KV, D, amax);
 }
 
 // ------------------------------------------------------------------ backward
@@ -853,12 +874,12 @@ inline size_t attention_backward_mma_scratch(int B, int T, int H, int D, size_t 
 }
 
 // ================================================================== what the model calls
-// Shapes: see the top of the file. Stop with an error for a head size that is not supported.
-inline void attention_forward(floatX* out, float* lse, const floatX* qkv, int B, int T, int H, int KV, int D) {
+// Shapes: see the top of the file. Stop with an error for a head size that is not supported. amax: null, or takes max|out| (amax.cuh).
+inline void attention_forward(floatX* out, float* lse, const floatX* qkv, int B, int T, int H, int KV, int D, float* amax = nullptr) {
 #if defined(CPU_BUILD) || defined(FP32)
-  attention_forward_simple(out, lse, qkv, B, T, H, KV, D);
+  attention_forward_simple(out, lse, qkv, B, T, H, KV, D, amax);
 #else
-  attention_forward_mma(out, lse, qkv, B, T, H, KV, D);
+  attention_forward_mma(out, lse, qkv, B, T, H, KV, D, amax);
 #endif
 }
 // Floats of memory that attention_backward needs for a while; enough for every smaller B and T too.

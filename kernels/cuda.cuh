@@ -198,3 +198,8 @@ template <int kLanes> __device__ inline float lanes_max(float v) {      // NaN i
   for (int o = kLanes / 2; o > 0; o /= 2) v = fmaxf(v, __shfl_xor_sync(0xffffffffu, v, o));
   return v;
 }
+template <int kLanes> __device__ inline uint32_t lanes_most(uint32_t v) {
+#pragma unroll
+  for (int o = kLanes / 2; o > 0; o /= 2) v = max(v, __shfl_xor_sync(0xffffffffu, v, o));
+  return v;
+}

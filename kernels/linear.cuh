@@ -43,7 +43,7 @@ inline SignBits rotation_signs(const OperandRecipe& how, OperandIndex first, Lin
 // Device scalars, all set to 0 by one fill before a forward pass. Every search for a maximum takes one, and so does every alpha; nobody gives his back
 // before the next forward pass, so that what is saved for the backward pass keeps its own.
 struct Scalars {
-  static constexpr int kLayer = 32;         // for the two passes of a linear layer, which take up to 23 (OutControl, Q-EMA, --keep values)
+  static constexpr int kLayer = 32;         // for the two passes of a linear layer, which take up to 24 (OutControl, Q-EMA, --keep values)
   float* all = nullptr;
   int size = 0, taken = 0;
   std::map<const floatX*, std::pair<size_t, float*>> weights = {};              // their sizes and maxima, if these are known
@@ -260,16 +260,17 @@ inline OperandPlace dyt_place(const Recipe& r, LinearKey key, const LinearScratc
 inline void save_xt(const floatX* X, int T, int K, const Recipe& r, LinearKey key, const LinearScratch& s, LinearSaved* saved) {
   if (saves_xt(r, saved)) save_operand(r.wgrad.x, xt_place(key), X, T, K, true, s, &saved->xt);
 }
-// x [rows, cols] as it is and, packed into the arrays of `save`, x^T.
+// x [rows, cols] as it is and, packed into the arrays of `save`, x^T. amax: max|x|, of both, if somebody found it already.
 inline ReadyOperand prepare_both(const OperandRecipe& how, OperandPlace place, const OperandRecipe& turned, OperandPlace turned_place,
-                                 const floatX* x, int rows, int cols, const LinearScratch& s, Operand4* save) {
+                                 const floatX* x, int rows, int cols, const LinearScratch& s, Operand4* save, float* amax = nullptr) {
   Operand4 out = operand_frame(how, place, rows, cols, false, s, nullptr);
   save->rows = cols;
   save->cols = rows;
   save->ld = operand_ld(rotated_cols(rows, turned.rht));
   save->amax = s.scalars->take();
-  const QuantizeHow q = quantize_how(how, place, false, s);
-  quantize_both(out, q, *save, quantize_how(turned, turned_place, true, s), x, s.tiles);
+  QuantizeHow q = quantize_how(how, place, false, s), turned_q = quantize_how(turned, turned_place, true, s);
+  if (amax) { out.amax = save->amax = amax; q.amax_known = turned_q.amax_known = true; }
+  quantize_both(out, q, *save, turned_q, x, s.tiles);
   save->cols = rotated_cols(rows, turned.rht);
   return ready_operand(out, q);
 }
@@ -307,17 +308,25 @@ inline void run_gemm(Gemm g, const ReadyOperand& a, const ReadyOperand& b, const
 }
 
 // ------------------------------------------------------------------ the layer
+// Is X^T quantized together with X?
+inline bool makes_both(const Recipe& r, const LinearSaved* saved) { return saves_xt(r, saved) && !saves_x(r) && share_amax(r.fprop.x, r.wgrad.x); }
+// Does linear_forward() want max|X| as it is, so that the kernel that writes X may find it?
+inline bool wants_x_amax(const Recipe& r, const LinearSaved* saved) {
+  return takes_plain_max(r.fprop.x) && (!makes_both(r, saved) || takes_plain_max(r.wgrad.x));
+}
 // Y = X W^T + bias + residual, or the GELU of that. saved: where the operands for the backward pass are kept; null without a backward pass.
-// rows_known: with a scale for each row of X, s.tiles holds the largest of each already.
+// x_amax: max|X|, if somebody found it already; not read unless wants_x_amax(). rows_known: with a scale for each row of X, s.tiles holds the largest of
+// each already.
 inline void linear_forward(floatX* Y, const floatX* X, const floatX* W, int T, int K, int N, const Recipe& r, LinearKey key,
-                           const LinearScratch& s, LinearSaved* saved = nullptr, LinearEpilogue add = {}, bool rows_known = false) {
+                           const LinearScratch& s, LinearSaved* saved = nullptr, LinearEpilogue add = {}, float* x_amax = nullptr, bool rows_known = false) {
   // Outlier control (outliers.cuh) works around this function: it hands in X clamped, or some columns of X and W, and adds the rest to Y.
   const GemmWay way = fp4_way_of(r.fprop.x, r.fprop.w, s.ways);
-  const bool both = saves_xt(r, saved) && !saves_x(r) && share_amax(r.fprop.x, r.wgrad.x);
+  const bool both = makes_both(r, saved);
+  if (!wants_x_amax(r, saved)) x_amax = nullptr;
+  if (rows_known) x_amax = s.scalars->take();                              // nothing to search for; a scale for each row has no use for this one
   const OperandPlace x_place = {kFpropX, kFpropX, key, way};
-  const ReadyOperand x = both ? prepare_both(r.fprop.x, x_place, r.wgrad.x, xt_place(key), X, T, K, s, &saved->xt)
-                              : prepare_operand(r.fprop.x, x_place, X, T, K, false, s, saved && saves_x(r) ? &saved->x : nullptr,
-                                                rows_known ? s.scalars->take() : nullptr);
+  const ReadyOperand x = both ? prepare_both(r.fprop.x, x_place, r.wgrad.x, xt_place(key), X, T, K, s, &saved->xt, x_amax)
+                              : prepare_operand(r.fprop.x, x_place, X, T, K, false, s, saved && saves_x(r) ? &saved->x : nullptr, x_amax);
   const ReadyOperand w = prepare_operand(r.fprop.w, {kFpropW, kFpropX, key, way, &x}, W, N, K, false, s, saved && saves_w(r) ? &saved->w : nullptr,
                                          takes_plain_max(r.fprop.w) ? s.scalars->weight_max(W, (size_t)N * K) : nullptr);
   Gemm g;

@@ -142,9 +142,13 @@ template <int kLanes = kRowLanes> void gelu_backward(floatX* dx, float* dbias, c
 }
 
 // ------------------------------------------------------------------ SwiGLU
-template <int kLanes, int kVec> __global__ void swiglu_forward_kernel(floatX* out, const floatX* gate_up, int T, int F) {
-  const int row = row_index<kLanes>();
-  if (row >= T) return;
+template <bool kAmax, int kLanes, int kVec> __global__ void swiglu_forward_kernel(floatX* out, const floatX* gate_up, int T, int F, [[maybe_unused]] float* amax) {
+  int row = row_index<kLanes>();
+  if (row >= T) {
+    if (!kAmax) return;
+    row = T - 1;                           // the last row once more: the whole block comes to raise_row_amax()
+  }
+  StoredMax<floatX, kVec> most;
   out += (size_t)row * F;
   gate_up += (size_t)row * 2 * F;
   for (int c = row_lane<kLanes>() * kVec; c < F; c += kLanes * kVec) {
@@ -157,7 +161,9 @@ template <int kLanes, int kVec> __global__ void swiglu_forward_kernel(floatX* ou
       o.v[i] = from_float<floatX>(g * s[i] * to_float(up.v[i]));
     }
     store_vec(out + c, o);
+    if (kAmax) most.add(o);
   }
+  if constexpr (kAmax) raise_row_amax<kLanes>(amax, most.bits());
 }
 template <int kLanes, int kVec> __global__ void swiglu_backward_kernel(floatX* dgate_up, const floatX* dout, const floatX* gate_up, int T, int F) {
   const int row = row_index<kLanes>();
@@ -179,10 +185,12 @@ template <int kLanes, int kVec> __global__ void swiglu_backward_kernel(floatX* d
     store_vec(dgate_up + F + c, dup);
   }
 }
-template <int kLanes = kRowLanes> void swiglu_forward(floatX* out, const floatX* gate_up, int T, int F) {
+// amax: null, or takes max|out| (amax.cuh).
+template <int kLanes = kRowLanes> void swiglu_forward(floatX* out, const floatX* gate_up, int T, int F, float* amax = nullptr) {
   constexpr int kVec = kLanes == 1 ? 64 : kVecX;             // as in gelu_backward()
-  auto kernel = F % kVec == 0 ? swiglu_forward_kernel<kLanes, kVec> : swiglu_forward_kernel<kLanes, 1>;
-  launch(kernel, row_grid(T), row_block<kLanes>(), 0, out, gate_up, T, F);
+  auto kernel = F % kVec == 0 ? swiglu_forward_kernel<false, kLanes, kVec> : swiglu_forward_kernel<false, kLanes, 1>;
+  if (amax) kernel = F % kVec == 0 ? swiglu_forward_kernel<true, kLanes, kVec> : swiglu_forward_kernel<true, kLanes, 1>;
+  launch(kernel, row_grid(T), row_block<kLanes>(), 0, out, gate_up, T, F, amax);
 }
 template <int kLanes = kRowLanes> void swiglu_backward(floatX* dgate_up, const floatX* dout, const floatX* gate_up, int T, int F) {
   constexpr int kVec = kLanes == 1 ? 64 : kVecX;

@@ -18,43 +18,58 @@
 //         At 65536 x 768 on an H100 the latter took 188 us, 2.14 TB/s of 2.88 that a copy reaches, and the bias gradient 37 us more.
 // Source  Ba et al., arXiv 1607.06450; Zhang and Sennrich, arXiv 1910.07467.
 // Cost    forward: reads 2 and writes 2 bytes an element (BF16); backward: reads 6, writes 2. 10 to 25 operations an element: bound by memory.
+//         The forward's maximum, for the quantizer that follows (amax.cuh): half an operation an element, and no byte.
 // Error   FP32 inside; out and dx are rounded once to floatX.
 #pragma once
 #include "rows.cuh"
 
 // ------------------------------------------------------------------ forward
-template <bool kCenter, int kLanes, int kVec>
-__global__ void norm_forward_kernel(floatX* out, float* mean_out, float* rstd_out, const floatX* x, const float* weight, const float* bias,
-                                    int T, int C, float eps) {
-  const int row = row_index<kLanes>(), lane = row_lane<kLanes>();
-  if (row >= T) return;
+// kAmax: amax takes the largest |out| (amax.cuh).
+template <bool kCenter, bool kAmax, int kLanes, int kVec>
+__global__ void __launch_bounds__(kRowsPerBlock * kLanes, kCenter ? 6 - kAmax : 8)
+norm_forward_kernel(floatX* out, float* mean_out, float* rstd_out, const floatX* x, const float* weight, const float* bias, int T, int C, float eps,
+                    [[maybe_unused]] float* amax) {
+  const int lane = row_lane<kLanes>();
+  int row = row_index<kLanes>();
+  if (row >= T) {
+    if (!kAmax) return;
+    row = T - 1;                           // the last row once more: the whole block comes to raise_row_amax()
+  }
   x += (size_t)row * C;
   out += (size_t)row * C;
   const float mean = kCenter ? row_sum<kLanes, kVec>(x, C, [](float v) { return v; }) / C : 0.0f;
   const float variance = row_sum<kLanes, kVec>(x, C, [=](float v) { return (v - mean) * (v - mean); }) / C;
   const float rstd = 1.0f / sqrtf(variance + eps);
   constexpr int kMap = kVec == 1 ? 1 : kMapVec<kLanes>;
+  StoredMax<floatX, kMap> most;
   for (int c = lane * kMap; c < C; c += kLanes * kMap) {
     const Vec<floatX, kMap> v = load_vec<kMap>(x + c);
     const Vec<float, kMap> w = load_vec<kMap>(weight + c), b = kCenter ? load_vec<kMap>(bias + c) : Vec<float, kMap>{};
     Vec<floatX, kMap> o;
     for (int i = 0; i < kMap; i++) o.v[i] = from_float<floatX>((to_float(v.v[i]) - mean) * rstd * w.v[i] + b.v[i]);
     store_vec(out + c, o);
+    if (kAmax) most.add(o);
   }
   if (lane == 0) {
     if (kCenter) mean_out[row] = mean;
     rstd_out[row] = rstd;
   }
+  if constexpr (kAmax) raise_row_amax<kLanes>(amax, most.bits());
 }
 
 // The same by whole warps, with the row in registers: it is read once, all loads of a row are under way together, and the sums are those of
 // row_sum, in its order, so the bits are too. kHold: vectors of a row in each lane.
-template <bool kCenter, int kHold>
+template <bool kCenter, bool kAmax, int kHold>
 __global__ void __launch_bounds__(kRowsPerBlock * 32, 4)
 norm_forward_held_kernel(floatX* __restrict__ out, float* __restrict__ mean_out, float* __restrict__ rstd_out, const floatX* __restrict__ x,
-                         const float* __restrict__ weight, const float* __restrict__ bias, int T, int C, float eps) {
-  const int row = row_index<32>(), lane = row_lane<32>();
-  if (row >= T) return;
+                         const float* __restrict__ weight, const float* __restrict__ bias, int T, int C, float eps,
+                         [[maybe_unused]] float* amax) {
+  const int lane = row_lane<32>();
+  int row = row_index<32>();
+  if (row >= T) {
+    if (!kAmax) return;
+    row = T - 1;                           // the last row once more: the whole block comes to raise_row_amax()
+  }
   x += (size_t)row * C;
   out += (size_t)row * C;
   Vec<floatX, kVecX> held[kHold];
@@ -76,6 +91,7 @@ norm_forward_held_kernel(floatX* __restrict__ out, float* __restrict__ mean_out,
   const float mean = kCenter ? sum_of([](float v) { return v; }) / C : 0.0f;
   const float variance = sum_of([=](float v) { return (v - mean) * (v - mean); }) / C;
   const float rstd = 1.0f / sqrtf(variance + eps);
+  StoredMax<floatX, kVecX> most;
 #pragma unroll
   for (int h = 0; h < kHold; h++) {
     const int c = (h * 32 + lane) * kVecX;
@@ -84,32 +100,38 @@ norm_forward_held_kernel(floatX* __restrict__ out, float* __restrict__ mean_out,
     Vec<floatX, kVecX> o;
     for (int i = 0; i < kVecX; i++) o.v[i] = from_float<floatX>((to_float(held[h].v[i]) - mean) * rstd * w.v[i] + b.v[i]);
     store_vec(out + c, o);
+    if (kAmax) most.add(o);
   }
   if (lane == 0) {
     if (kCenter) mean_out[row] = mean;
     rstd_out[row] = rstd;
   }
+  if constexpr (kAmax) raise_row_amax<32>(amax, most.bits());
 }
 
-template <bool kCenter, int kLanes>
-void norm_forward(floatX* out, float* mean, float* rstd, const floatX* x, const float* weight, const float* bias, int T, int C, float eps) {
-  auto kernel = C % kVecX == 0 ? norm_forward_kernel<kCenter, kLanes, kVecX> : norm_forward_kernel<kCenter, kLanes, 1>;
+template <bool kCenter, bool kAmax, int kLanes>
+void norm_forward(floatX* out, float* mean, float* rstd, const floatX* x, const float* weight, const float* bias, int T, int C, float eps, float* amax) {
+  auto kernel = C % kVecX == 0 ? norm_forward_kernel<kCenter, kAmax, kLanes, kVecX> : norm_forward_kernel<kCenter, kAmax, kLanes, 1>;
   if (kLanes == 32 && C % kVecX == 0) {
     const int hold = ceil_div(C, 32 * kVecX);
-    if (hold == 1) kernel = norm_forward_held_kernel<kCenter, 1>;
-    if (hold == 2) kernel = norm_forward_held_kernel<kCenter, 2>;
-    if (hold == 3) kernel = norm_forward_held_kernel<kCenter, 3>;
-    if (hold == 4) kernel = norm_forward_held_kernel<kCenter, 4>;
+    if (hold == 1) kernel = norm_forward_held_kernel<kCenter, kAmax, 1>;
+    if (hold == 2) kernel = norm_forward_held_kernel<kCenter, kAmax, 2>;
+    if (hold == 3) kernel = norm_forward_held_kernel<kCenter, kAmax, 3>;
+    if (hold == 4) kernel = norm_forward_held_kernel<kCenter, kAmax, 4>;
   }
-  launch(kernel, row_grid(T), row_block<kLanes>(), 0, out, mean, rstd, x, weight, bias, T, C, eps);
+  launch(kernel, row_grid(T), row_block<kLanes>(), 0, out, mean, rstd, x, weight, bias, T, C, eps, amax);
+}
+// amax: null, or takes max|out| (amax.cuh).
+template <int kLanes = kRowLanes>
+void layernorm_forward(floatX* out, float* mean, float* rstd, const floatX* x, const float* weight, const float* bias, int T, int C, float eps,
+                       float* amax = nullptr) {
+  auto forward = amax ? norm_forward<true, true, kLanes> : norm_forward<true, false, kLanes>;
+  forward(out, mean, rstd, x, weight, bias, T, C, eps, amax);
 }
 template <int kLanes = kRowLanes>
-void layernorm_forward(floatX* out, float* mean, float* rstd, const floatX* x, const float* weight, const float* bias, int T, int C, float eps) {
-  norm_forward<true, kLanes>(out, mean, rstd, x, weight, bias, T, C, eps);
-}
-template <int kLanes = kRowLanes>
-void rmsnorm_forward(floatX* out, float* rstd, const floatX* x, const float* weight, int T, int C, float eps) {
-  norm_forward<false, kLanes>(out, nullptr, rstd, x, weight, nullptr, T, C, eps);
+void rmsnorm_forward(floatX* out, float* rstd, const floatX* x, const float* weight, int T, int C, float eps, float* amax = nullptr) {
+  auto forward = amax ? norm_forward<false, true, kLanes> : norm_forward<false, false, kLanes>;
+  forward(out, nullptr, rstd, x, weight, nullptr, T, C, eps, amax);
 }
 
 // ------------------------------------------------------------------ backward

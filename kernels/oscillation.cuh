@@ -272,9 +272,11 @@ inline ReadyOperand prepare_toward(const floatX* W, int N, int K, const Recipe& 
 }
 // linear_forward() with the weights rounded toward their average. What is saved for the backward pass is rounded so as well.
 inline void linear_forward_toward(floatX* Y, const floatX* X, const floatX* W, int T, int K, int N, const Recipe& r, LinearKey key,
-                                  const LinearScratch& s, LinearSaved* saved, const TowardAverage& q, LinearEpilogue add = {}) {
+                                  const LinearScratch& s, LinearSaved* saved, const TowardAverage& q, LinearEpilogue add = {},
+                                  float* x_amax = nullptr) {
   const GemmWay way = fp4_way_of(r.fprop.x, r.fprop.w, s.ways);
-  const ReadyOperand x = prepare_operand(r.fprop.x, {kFpropX, kFpropX, key, way}, X, T, K, false, s, saved && saves_x(r) ? &saved->x : nullptr);
+  const ReadyOperand x = prepare_operand(r.fprop.x, {kFpropX, kFpropX, key, way}, X, T, K, false, s, saved && saves_x(r) ? &saved->x : nullptr,
+                                         takes_plain_max(r.fprop.x) ? x_amax : nullptr);
   const ReadyOperand w = prepare_toward(W, N, K, r, key, way, s, saved, q, &x);
   Gemm g;
   g.M = T; g.N = N; g.K = K; g.D = Y; g.ldd = N;

@@ -179,12 +179,7 @@ __device__ inline float key_value(uint32_t key) {
   const uint32_t bits = key << (32 - kKeyBits);
   return bits_float(bits >> 31 ? bits & 0x7fffffffu : ~bits & ~(kKeyBits == 32 ? 0u : 0xffffu));
 }
-// The largest (the sum) of what the lanes of a row have.
-template <int kLanes> __device__ inline uint32_t lanes_most(uint32_t v) {
-#pragma unroll
-  for (int o = kLanes / 2; o > 0; o /= 2) v = max(v, __shfl_xor_sync(0xffffffffu, v, o));
-  return v;
-}
+// The sum of what the lanes of a row have.
 template <int kLanes> __device__ inline int lanes_count(int v) {
 #ifndef CPU_BUILD
   if (kLanes == 32) return __reduce_add_sync(0xffffffffu, v);
@@ -356,10 +351,13 @@ inline void add_product(void* D, int M, int N, int K, const floatX* A, int lda, 
   g.D = D; g.ldd = N; g.d_fp32 = fp32; g.accumulate = true;
   gemm(g);
 }
-// linear_forward() of linear.cuh under control.
+// Under control X is quantized as it was written only where it is neither split nor clamped.
+inline bool wants_x_amax(const LayerControl& how, const Recipe& r, const LinearSaved* saved) { return !how.split && !how.occ && wants_x_amax(r, saved); }
+// linear_forward() of linear.cuh under control. x_amax: max|X|, if somebody found it already; not read unless wants_x_amax().
 inline void linear_forward(const LayerControl& how, floatX* Y, const floatX* X, const floatX* W, int T, int K, int N, const Recipe& r,
-                           LinearKey key, const LinearScratch& s, LinearSaved* saved, LinearEpilogue add = {}) {
+                           LinearKey key, const LinearScratch& s, LinearSaved* saved, LinearEpilogue add = {}, float* x_amax = nullptr) {
   const OutlierScratch& o = how.scratch;
+  if (!wants_x_amax(how, r, saved)) x_amax = nullptr;
   if (add.gelu_input && (how.split || how.occ)) {              // GELU comes after what these add
     linear_forward(how, add.gelu_input, X, W, T, K, N, r, key, s, saved, {add.bias, add.residual});
     return gelu_forward(Y, add.gelu_input, (size_t)T * N);
@@ -379,8 +377,8 @@ inline void linear_forward(const LayerControl& how, floatX* Y, const floatX* X, 
   const bool rows_known = how.occ && !how.toward.average && r.fprop.x.format == Format::fp4_vector && r.fprop.x.rht == 0;
   if (how.occ) occ_split(o.x, o.y, X, T, K, r.occ, rows_known ? s.tiles : nullptr);
   const floatX* x = how.occ ? o.x : X;
-  if (how.toward.average) linear_forward_toward(Y, x, W, T, K, N, r, key, s, saved, how.toward, add);
-  else linear_forward(Y, x, W, T, K, N, r, key, s, saved, add, rows_known);
+  if (how.toward.average) linear_forward_toward(Y, x, W, T, K, N, r, key, s, saved, how.toward, add, x_amax);
+  else linear_forward(Y, x, W, T, K, N, r, key, s, saved, add, x_amax, rows_known);
   if (how.occ) add_product(Y, T, N, K, o.y, K, false, W, K, false, false);          // Y += (X - Xc) W^T
 }
 

@@ -33,7 +33,8 @@
 // NaN     A NaN anywhere makes amax NaN (by a maximum that keeps it, not fmaxf, which drops it), hence alpha NaN, hence the
 //         loss: E2M1 itself has no NaN and would hide it as 6. Formats without a tensor scale make the block's scale NaN.
 // Source  NVIDIA, arXiv 2509.25149, appendix C; the other papers are named in recipe.cuh. Random bits: philox.cuh.
-// Cost    amax: reads x once, for both copies of a tensor where the rows are not rotated, or both copies by 128 (amax_of_both()). Codes: reads x
+// Cost    amax: reads x once, for both copies of a tensor where the rows are not rotated, or both copies by 128 (amax_of_both()); not at all where the
+//         kernel that wrote x, or one for all weights, has found it (amax.cuh, amax_of_arrays()). Codes: reads x
 //         once, for both copies where one kernel makes them (quantize_both()), writes 2 bytes a value (values) or 0.56 (packed). A GPU's memory and
 //         the issue of instructions take about as long, so instructions are what counts. Executed for a value of the row copy (Nsight Compute),
 //         in three rounds of this: RN 17, 16, 17; SR 25, 23, 19; outer 1x128 RN 30, 25, 22, with SR and RHT16 45, 37, 31; MS-EDEN with RHT128 -, 42,

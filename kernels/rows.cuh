@@ -10,6 +10,7 @@
 //         fixed order: the same bits every time. Reads x once, plus the sums of the slots, written and read (a few %).
 #pragma once
 #include <type_traits>
+#include "amax.cuh"     // defines: StoredMax, raise_amax
 #include "cuda.cuh"
 
 constexpr int kVecX = 16 / sizeof(floatX);
@@ -33,6 +34,22 @@ template <int kLanes, int kVec, class F> __device__ inline float row_sum(const f
   }
   for (int i = 1; i < kVec; i++) sum[0] += sum[i];
   return lanes_sum<kLanes>((float)sum[0]);
+}
+
+// raise_amax() by a row kernel: all threads of a block come here, each with the largest of what it stored. (One of them goes on: else a warp for every
+// row of the tensor would ask the same address.)
+template <int kLanes> __device__ inline void raise_row_amax(float* amax, uint32_t bits) {
+  if constexpr (kLanes == 1) {
+    raise_amax(amax, bits);
+  } else {
+    __shared__ uint32_t of_row[kRowsPerBlock];
+    bits = lanes_most<kLanes>(bits);
+    if (row_lane<kLanes>() == 0) of_row[threadIdx.x / kLanes] = bits;
+    __syncthreads();
+    if (threadIdx.x) return;
+    for (int i = 1; i < kRowsPerBlock; i++) bits = max(bits, of_row[i]);
+    raise_amax(amax, bits);
+  }
 }
 
 // ------------------------------------------------------------------ flat arrays, for functions of single elements
