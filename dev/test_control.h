@@ -1319,6 +1319,84 @@ inline void test_gelu_layer() {
           exact ? same : rel_error(got, want) < 2 * kResult && rel_error(got_sums, want_sums) < kResult, "relative differences %.1e, before GELU %.1e", rel_error(got, want), rel_error(got_sums, want_sums));
   }
 }
+// max|X| from the caller, under every control. Where wants_x_amax() says so it is taken: Y has the bits of the layer that searches, and others with another
+// maximum. Elsewhere the largest X is not the largest that is quantized, or not looked for, and any number may stand there.
+inline void test_maximum_layer() {
+  Rng rng(75);
+  const int T = 48, K = 160, N = 96;
+  const Floats x = normals(rng, (size_t)T * K), w = normals(rng, (size_t)N * K, 0.1), dy = normals(rng, (size_t)T * N);
+  Floats average = w;
+  for (float& a : average) a += (float)(rng.normal() * 0.003);
+  std::vector<int> order(K);
+  for (int i = 0; i < K; i++) order[i] = (i * 7) % K;
+  Device<float> dev_average(average), maxima(Floats{0, 0});
+  Device<int> columns(order);
+  const OutlierLayer outliers = {K, 32, columns.p, nullptr};
+  int taken = 0, left = 0, wrong = 0;
+  std::string first, takers;
+  for (const Recipe& row : recipe_table()) for (int control = 0; control < 5; control++) for (bool with_xt : {false, true}) {
+    if (row.name == "bf16" || (control > 2 && !is_fp4(row.fprop.w.format)) || (with_xt && !can_save_xt(row))) continue;
+    Layer layer(row, T, K, N, x, w, dy);
+    if (with_xt) want_linear_saved(layer.saved, row, T, K, N, [&](auto** where, size_t n) { layer.take(where, n); }, true);
+    layer.how.occ = control == 1;
+    if (control == 2 || control == 4) layer.how.split = &outliers;
+    layer.how.toward.average = control > 2 ? dev_average.p : nullptr;
+    auto run = [&](float* amax) {
+      layer.scalars.start();
+      linear_forward(layer.how, layer.y.p, layer.dx_x.p, layer.dev_w.p, T, K, N, row, layer.key(), layer.s, &layer.saved, {}, amax);
+      Floats y = from_x(layer.y.get());
+      device_zero(layer.dw.p, layer.dw.n);
+      linear_backward(layer.how, layer.dx.p, layer.dw.p, layer.dev_dy.p, layer.dx_x.p, layer.dev_w.p, T, K, N, row, layer.key(), layer.s, &layer.saved);
+      const Floats dw = layer.dw.get();
+      y.insert(y.end(), dw.begin(), dw.end());
+      return y;
+    };
+    const float largest = reference::max_abs(layer.x.data(), layer.x.size());
+    const float both[2] = {largest, 2.7f * largest};
+    to_device(maxima.p, both, 2);
+    device_sync();
+    const Floats searched = run(nullptr), given = run(maxima.p), other = run(maxima.p + 1);
+    const bool wants = wants_x_amax(layer.how, row, &layer.saved), right = given == searched && (other != searched) == wants;
+    (wants ? taken : left)++;
+    if (wants && control == 0 && takers.find(row.name) == std::string::npos) takers += " " + row.name;
+    if (!right && !wrong++) first = row.name + " control " + std::to_string(control);
+  }
+  check("max|X| from the caller: the bits of a search, where a layer takes it, and no matter where it does not", wrong == 0 && taken > 10 && left > 30,
+        "%d wrong %s; %d layers take it (%s), %d do not", wrong, first.c_str(), taken, takers.c_str() + 1, left);
+}
+// The same in a whole model, of an odd number of tokens: losses and gradients of two steps.
+inline void test_maximum_model() {
+  const int B = 3, S = 37;
+  Rng rng(76);
+  std::vector<int> tokens(B * S), targets(B * S);
+  for (int& t : tokens) t = rng.below(250);
+  for (int& t : targets) t = rng.below(250);
+  struct Run { Floats gradients; double loss; int scalars; };
+  for (const bool llama : {true, false}) for (const char* recipe : {"quartet2", "fp8", "fqt", "nvfp4", "best"}) for (const Keep keep : {Keep::codes, Keep::values}) {
+    auto run = [&](bool search) {
+      ModelConfig config = tiny_llama();
+      if (!llama) { config.llama = false; config.kv_heads = config.heads; config.ffn = 256; config.tied = true; }
+      Options o;
+      o.recipe = recipe;
+      Model m;
+      m.keep = keep;
+      start(m, o, config, B, S);
+      m.search_maxima = search;
+      Run r = {};
+      for (uint32_t step = 0; step < 2; step++) {
+        r.loss += accumulate_gradients(m, B, S, 1, step, [&](int) { load_batch(m, tokens.data(), targets.data(), B, S); });
+        const Floats g = all_gradients(m);
+        r.gradients.insert(r.gradients.end(), g.begin(), g.end());
+      }
+      r.scalars = m.scalars.taken;
+      free_model(m);
+      return r;
+    };
+    const Run found = run(false), searched = run(true);
+    check(std::string(recipe) + (llama ? ", Llama" : ", GPT-2") + (keep == Keep::codes ? ", --keep codes" : ", --keep values") + ": with maxima by the kernels that write X, losses and gradients of a search, bit for bit",
+          found.gradients == searched.gradients && found.loss == searched.loss && found.scalars > searched.scalars, "loss %.5f; %d maxima", found.loss / 2, found.scalars - searched.scalars);
+  }
+}
 inline void test_keep_model() {
   const int B = 2, S = 40;
   Rng rng(73);
@@ -1428,6 +1506,7 @@ inline void test_control() {
   if (section("precision late in training")) { test_switches(); test_monitor(); }
   if (section("--keep: codes, operands or values for the backward pass")) { test_unpack(); test_keep_layer(); test_keep_forced(); }
   if (section("GELU after a linear layer")) test_gelu_layer();
+  if (section("maxima by the kernels that write X")) { test_maximum_layer(); test_maximum_model(); }
 }
 // The program, with options of control, and what takes long. Needs ./train_fp4 beside this program.
 inline void test_control_program() {

@@ -438,6 +438,75 @@ inline void test_gemm_large() {
 #endif
 
 // ------------------------------------------------------------------------------------------------------------------------------
+// Maxima of what kernels store (amax.cuh)
+
+// Inputs by kind: random; with the largest entry at place `at`; zeros; with a NaN there; with an infinity there.
+enum MaximumKind { kPlainMaximum, kLargeEntry, kAllZero, kNanEntry, kInfiniteEntry, kMaximumKinds };
+inline reference::Array maximum_input(size_t n, int kind, size_t at, Rng& rng) {
+  reference::Array x = random_array(n, rng, kind == kAllZero ? 0 : 1);
+  const double entries[kMaximumKinds] = {x[at], -3000, 0, NAN, -INFINITY};
+  x[at] = entries[kind];
+  return x;
+}
+struct StoredMaxima {
+  Mismatches bits, search, outputs;
+  int nans = 0, infinities = 0, zeros = 0, last = 0;
+  // run(float* amax) writes out [rows, cols]: with null and with a scalar the same, and the scalar is its largest value, as the search has it.
+  template <class T, class Run> void compare(TestArray<T>& out, int rows, int cols, const std::string& at, Run run) {
+    run(nullptr);
+    const std::vector<T> alone = out.host();
+    const TestArray<float> found(std::vector<float>{0}), searched(std::vector<float>{0, 0});
+    out.set(std::vector<T>(out.n, from_float<T>(1e30f)));
+    run(found.p);
+    const std::vector<T> with = out.host();
+    amax_of_both(searched.p, searched.p + 1, out.p, rows, cols, QuantizeHow{});
+    uint32_t most = 0;
+    for (T v : with) most = std::max(most, float_bits(to_float(v)) & 0x7fffffffu);
+    const float want = bits_float(most), got = found.host()[0], by_search = searched.host()[0];
+    bits.add(same_float(got, want), at.c_str(), rows, got, want);
+    search.add(float_bits(got) == float_bits(by_search), at.c_str(), rows, got, by_search);
+    outputs.add(!memcmp(alone.data(), with.data(), out.n * sizeof(T)) && out.guard_intact() && found.guard_intact(), at.c_str(), rows, 0, 0);
+    nans += want != want; infinities += std::isinf(want); zeros += want == 0;
+    last += (float_bits(to_float(with.back())) & 0x7fffffffu) == most && !(want != want);
+  }
+  void report(const std::string& name, bool with_infinities) const {
+    bits.report(name + ": the maximum of what was stored, with zeros, NaN and infinity among the inputs");
+    search.report(name + ": it has the bits of a search");
+    outputs.report(name + ": with a maximum it stores what it stores without");
+    check(name + ": such maxima are among these", nans > 0 && zeros > 0 && last > 0 && (infinities > 0 || !with_infinities), "%d NaN, %d infinite, %d zero, %d in the last place",
+          nans, infinities, zeros, last);
+  }
+};
+template <int kLanes> void test_norm_maxima() {
+  const int sizes[][2] = {{1, 1}, {3, 7}, {5, 64}, {17, 96}, {9, 768}, {4, 1025}, {30, 40}, {5, 1000}, {2, 1032}, {6, 2048}, {11, 520}};
+  StoredMaxima layer, rms, swiglu;
+  Rng rng(131);
+  for (auto& s : sizes) for (int kind = 0; kind < kMaximumKinds; kind++) for (bool last : {true, false}) {
+    const int T = s[0], C = s[1];
+    const size_t n = (size_t)T * C, at = last ? n - 1 : (size_t)rng.below((int)n);
+    const std::string where = shape({T, C}) + " kind " + std::to_string(kind);
+    // an infinity among x makes its row NaN: for one in `out` it is among LayerNorm's biases, RMSNorm's weights
+    const bool infinite = kind == kInfiniteEntry, zero = kind == kAllZero;
+    const InputX x(maximum_input(n, infinite ? kPlainMaximum : kind, at, rng));
+    const InputFp32 w(random_array(C, rng, zero ? 0 : 1)), b(maximum_input(C, infinite || zero ? kind : kPlainMaximum, C - 1, rng));
+    const InputFp32 rms_w(maximum_input(C, infinite || zero ? kind : kPlainMaximum, C - 1, rng));
+    TestArray<floatX> out(n);
+    TestArray<float> mu(T), rstd(T);
+    layer.compare(out, T, C, where, [&](float* amax) { layernorm_forward<kLanes>(out.p, mu.p, rstd.p, x.p, w.p, b.p, T, C, 1e-5f, amax); });
+    rms.compare(out, T, C, where, [&](float* amax) { rmsnorm_forward<kLanes>(out.p, rstd.p, x.p, rms_w.p, T, C, 1e-6f, amax); });
+    reference::Array gate_up = random_array(2 * n, rng, kind == kAllZero ? 0 : 1);
+    const size_t up = at / C * 2 * C + C + at % C;
+    gate_up[up] = maximum_input(1, kind, 0, rng)[0];
+    gate_up[up - C] = kind == kAllZero ? 0 : 2;
+    const InputX both(gate_up);
+    swiglu.compare(out, T, C, where, [&](float* amax) { swiglu_forward<kLanes>(out.p, both.p, T, C, amax); });
+  }
+  layer.report("LayerNorm" + lanes_name(kLanes), true);
+  rms.report("RMSNorm" + lanes_name(kLanes), true);
+  swiglu.report("SwiGLU" + lanes_name(kLanes), true);
+}
+
+// ------------------------------------------------------------------------------------------------------------------------------
 // Norms
 
 // sums = before + the column sums of dx as it was stored
@@ -947,6 +1016,19 @@ template <class Value> void test_attention(const AttentionVersion<Value>& versio
   sharp_forward.report("attention forward with scores in the hundreds" + name);
   sharp_backward.report("attention backward with scores in the hundreds" + name);
   check("attention gradients: the same bits twice" + name, deterministic, "all sizes");
+  StoredMaxima maxima;
+  for (int i : {0, 1, 2, 4, 5, 7}) for (int kind = 0; kind < kMaximumKinds; kind++) {
+    const AttentionShape s = shapes[i];
+    const int width = (s.H + 2 * s.KV) * s.D;
+    const size_t tokens = (size_t)s.B * s.T;
+    // the last key's last value counts for the last query alone; an infinity among the first key's values for all
+    const RandomInput<Value> qkv(maximum_input(tokens * width, kind, kind == kInfiniteEntry ? width - 1 : tokens * width - 1, rng));
+    TestArray<Value> out(tokens * s.H * s.D);
+    TestArray<float> lse(tokens * s.H);
+    maxima.compare(out, (int)tokens, s.H * s.D, shape({s.B, s.T, s.H, s.KV, s.D}) + " kind " + std::to_string(kind),
+                   [&](float* amax) { version.forward(out.p, lse.p, qkv.p, s.B, s.T, s.H, s.KV, s.D, amax); });
+  }
+  maxima.report("attention forward" + name, false);
 }
 // The tensor core version as it is where a block may use kShared bytes of shared memory.
 template <size_t kShared> AttentionVersion<bf16> tensor_core_version(const char* name) {
@@ -990,6 +1072,7 @@ inline void test_attentions() {
 
 template <int kLanes> void test_lane_kernels() {
   test_norms<kLanes>();
+  test_norm_maxima<kLanes>();
   test_mlp<kLanes>();
   test_embedding<kLanes>();
   test_loss_values<kLanes>();

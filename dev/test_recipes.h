@@ -1830,6 +1830,8 @@ inline void test_recipes_program(int steps = 30) {
     const double fills = r.exit_code || at == std::string::npos ? (double)NAN : atof(r.output.c_str() + at + 8);
     check(recipe + ": a step fills memory for its gradients and once for all maxima, and alpha has no kernel of its own",
           fills <= 4 && r.output.find("nvfp4_kernel") != std::string::npos && r.output.find("alpha_kernel") == std::string::npos, "%.1f fills", fills);
+    if (recipe == "quartet2") check("quartet2: nothing is read for its maximum alone but weights",
+        r.exit_code == 0 && r.output.find("amax_of_arrays_kernel") != std::string::npos && r.output.find("amax_kernel") == std::string::npos && r.output.find("amax_both_kernel") == std::string::npos);
   }
   auto trained = [&](const std::string& recipe) {
     const ChildResult r = train_program("--recipe " + recipe + " --steps " + std::to_string(steps) + " --val-batches 8 --sample-length 0 --out " + temp_dir() + "/row_" + recipe);
