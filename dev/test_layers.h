@@ -1017,8 +1017,9 @@ template <class Value> void test_attention(const AttentionVersion<Value>& versio
   sharp_backward.report("attention backward with scores in the hundreds" + name);
   check("attention gradients: the same bits twice" + name, deterministic, "all sizes");
   StoredMaxima maxima;
-  for (int i : {0, 1, 2, 4, 5, 7}) for (int kind = 0; kind < kMaximumKinds; kind++) {
-    const AttentionShape s = shapes[i];
+  // the last query lies in either half of 16 rows, and in either 16 of a warp's 32
+  const AttentionShape ends[] = {{1, 1, 1, 1, 8}, {2, 5, 2, 1, 8}, {1, 130, 2, 1, 64}, {1, 140, 1, 1, 64}, {1, 70, 2, 2, 128}, {1, 124, 1, 1, 128}, {1, 17, 2, 2, 10}, {2, 64, 8, 1, 24}};
+  for (const AttentionShape& s : ends) for (int kind = 0; kind < kMaximumKinds; kind++) {
     const int width = (s.H + 2 * s.KV) * s.D;
     const size_t tokens = (size_t)s.B * s.T;
     // the last key's last value counts for the last query alone; an infinity among the first key's values for all
