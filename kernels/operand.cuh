@@ -32,7 +32,7 @@ struct QuantizeHow {
   bool transpose = false;           // quantize x^T
   uint64_t sign_bits[2] = {0, 0};   // of the rotation: bit i set negates input i
   RandomKey key = {};               // of the stochastic rounding
-  bool amax_known = false;          // out.amax holds it already: amax_of_both(), or find_weight_maxima() (linear.cuh)
+  bool amax_known = false;          // out.amax holds it already: amax_of_both(), find_weight_maxima() (linear.cuh), the kernel that wrote x (amax.cuh)
   bool amax_is_zero = false;        // out.amax holds 0, so that the search for the maximum need not begin with a fill
   GemmAlpha alpha = {};             // to be written as well
   // the same in the older words of quantize_nvfp4()
