@@ -1,9 +1,9 @@
 // kernels/amax.cuh -- max|x| of what a kernel stores, taken while it has it in registers.
 //
-// An operand under one scale for the whole tensor needs max|x| before its first code, and a search for it reads x once (quantize.cuh, pass 1: about 1 %
-// of a step in quartet2). The kernels that write the inputs of linear layers find it on the way: norms, attention and SwiGLU take `float* amax`, a device
-// scalar that holds 0, or null. It is the maximum of what was stored, rounded to floatX, and has the bits that the search finds: a NaN is above
-// all and stays. (GELU's output is written by the GEMM.)
+// An operand under one scale for the whole tensor needs max|x| before its first code, and a search for it reads x once (quantize.cuh, pass 1: about
+// 1 % of a step in quartet2). The kernels that write the inputs of linear layers find it on the way: norms, attention and SwiGLU take `float* amax`,
+// a device scalar that holds 0, or null. It is the maximum of what was stored, rounded to floatX, and has the bits that the search finds: a NaN is
+// above all and stays. (GELU's output is written by the GEMM.)
 // Cost    BF16 on a GPU: one operation for two elements, and a few for a warp.
 #pragma once
 #include "ptx.cuh"      // defines: max_abs_bf16x2
