@@ -16,7 +16,7 @@
 //           dQ); the simple version walks over queries for dK and dV and over keys for dQ, and computes S and dP twice: 7.
 //           Bytes, each matrix once: forward (2 H + 2 KV) D elements a token, backward (5 H + 6 KV) D. Forward without GQA that is T / 4
 //           flops a byte. Backward also adds up dQ in float, H D floats of scratch a token, read and written T / 256 times on average.
-//           Forward it also finds max|O| for the quantizer that follows, if that asks (amax.cuh): once a block, on its way out.
+//           Forward it also finds max|O| for the quantizer that follows, if that asks (amax.cuh): from what each warp stores at its end.
 //
 // How       Forward: a block owns queries and walks over the keys they see; scores and probabilities never leave the registers.
 //           Backward: delta is a pass of its own, for it needs whole rows of dO and O. Then a block owns keys, sums their dK and dV in

@@ -43,7 +43,7 @@ inline SignBits rotation_signs(const OperandRecipe& how, OperandIndex first, Lin
 // Device scalars, all set to 0 by one fill before a forward pass. Every search for a maximum takes one, and so does every alpha; nobody gives his back
 // before the next forward pass, so that what is saved for the backward pass keeps its own.
 struct Scalars {
-  static constexpr int kLayer = 32;         // for the two passes of a linear layer, which take up to 24 (OutControl, Q-EMA, --keep values)
+  static constexpr int kLayer = 32;         // for the two passes of a linear layer, which take up to 23 (OutControl, Q-EMA, --keep values)
   float* all = nullptr;
   int size = 0, taken = 0;
   std::map<const floatX*, std::pair<size_t, float*>> weights = {};              // their sizes and maxima, if these are known

@@ -26,7 +26,7 @@
 // ------------------------------------------------------------------ forward
 // kAmax: amax takes the largest |out| (amax.cuh).
 template <bool kCenter, bool kAmax, int kLanes, int kVec>
-__global__ void __launch_bounds__(kRowsPerBlock * kLanes, kCenter ? 6 - kAmax : 8)
+__global__ void __launch_bounds__(kRowsPerBlock * kLanes, kCenter ? 6 - kAmax : kMostRowBlocks)
 norm_forward_kernel(floatX* out, float* mean_out, float* rstd_out, const floatX* x, const float* weight, const float* bias, int T, int C, float eps,
                     [[maybe_unused]] float* amax) {
   const int lane = row_lane<kLanes>();
@@ -60,7 +60,7 @@ norm_forward_kernel(floatX* out, float* mean_out, float* rstd_out, const floatX*
 // The same by whole warps, with the row in registers: it is read once, all loads of a row are under way together, and the sums are those of
 // row_sum, in its order, so the bits are too. kHold: vectors of a row in each lane.
 template <bool kCenter, bool kAmax, int kHold>
-__global__ void __launch_bounds__(kRowsPerBlock * 32, kHold == 1 ? 8 : 4)
+__global__ void __launch_bounds__(kRowsPerBlock * 32, kHold == 1 ? kMostRowBlocks : 4)
 norm_forward_held_kernel(floatX* __restrict__ out, float* __restrict__ mean_out, float* __restrict__ rstd_out, const floatX* __restrict__ x,
                          const float* __restrict__ weight, const float* __restrict__ bias, int T, int C, float eps,
                          [[maybe_unused]] float* amax) {

@@ -17,6 +17,12 @@ constexpr int kVecX = 16 / sizeof(floatX);
 // The same for loops that only map elements to elements: on the CPU these are plain loops, which its compiler turns into SIMD.
 template <int kLanes> constexpr int kMapVec = kLanes == 1 ? 1 : kVecX;
 constexpr int kRowsPerBlock = 8;          // of a row kernel: 256 threads on a GPU
+// Blocks of it that a multiprocessor holds at most: of 2048 threads, on consumer GPUs of 1536.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 870 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
+constexpr int kMostRowBlocks = 6;
+#else
+constexpr int kMostRowBlocks = 8;
+#endif
 // The row this thread works on, and its place among the row's threads. Launched as <<<row_grid(rows), row_block<kLanes>()>>>.
 template <int kLanes> __device__ inline int row_index() { return blockIdx.x * kRowsPerBlock + threadIdx.x / kLanes; }
 template <int kLanes> __device__ inline int row_lane() { return threadIdx.x % kLanes; }
