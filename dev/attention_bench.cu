@@ -2,7 +2,7 @@
 // in kernels/attention.cuh was measured with this; other tiles are one more line in forwards() or backwards().
 //   nvcc -std=c++17 -O3 -arch=sm_90 dev/attention_bench.cu -o attention_bench && ./attention_bench
 // TFLOP/s are counted as 2 T^2 D for each batch row and head forward, 2.5 times that backward, however much a kernel computes. Errors:
-// rms(error) / rms(result) of a small shape against the simple version in float. Times: median of runs between CUDA events.
+// rms(error) / rms(result) of a small shape against the simple version in float. Times: median of runs of ten launches.
 #include <algorithm>
 #include <string>
 #include <vector>
@@ -63,16 +63,19 @@ static double error(const bf16* x, const float* ref, size_t n, size_t ld, size_t
     if (i % ld >= from && i % ld < to) { const double d = (double)to_float(a[i]) - b[i]; e += d * d; r += (double)b[i] * b[i]; }
   return sqrt(e / r);
 }
+// Several launches in a row between two events, as in a step: a single one would also show how long the GPU takes to start.
 template <class F> double median_ms(F f, int runs) {
   static cudaEvent_t a = nullptr, b = nullptr;
   if (!a) { CUDA_CHECK(cudaEventCreate(&a)); CUDA_CHECK(cudaEventCreate(&b)); }
+  const int in_a_row = runs > 1 ? 10 : 1;
   std::vector<float> times(runs);
   for (float& ms : times) {
     CUDA_CHECK(cudaEventRecord(a));
-    f();
+    for (int i = 0; i < in_a_row; i++) f();
     CUDA_CHECK(cudaEventRecord(b));
     CUDA_CHECK(cudaEventSynchronize(b));
     CUDA_CHECK(cudaEventElapsedTime(&ms, a, b));
+    ms /= in_a_row;
   }
   std::sort(times.begin(), times.end());
   return times[runs / 2];
