@@ -246,8 +246,9 @@ void print_recipes() {
       for (const std::vector<std::string>& other : rows) width = max(width, other[c].size());
       printf("%-*s%s", c + 1 < row.size() ? (int)width : 0, row[c].c_str(), c + 1 < row.size() ? "  " : "\n");
     }
-  printf("\nRN to nearest, SR stochastic, EDEN: MS-EDEN. /128: outer scale for 1x128. H: Hadamard transform, RHT: with random signs, *: fresh for every GEMM.\n"
-         "2x: from the forward pass's quantized value (double quantization). Every word is explained in kernels/recipe.cuh.\nFields for --set, with what they take:\n");
+  printf("\nRN to nearest, SR stochastic, EDEN: MS-EDEN, post-hoc: the tensor's scale follows from its blocks'. /128: outer scale for 1x128.\n"
+         "H: Hadamard transform, RHT: with random signs, *: fresh for every GEMM. 2x: from the forward pass's quantized value (double quantization).\n"
+         "Every word is explained in kernels/recipe.cuh.\nFields for --set, with what they take:\n");
   for (const RecipeField& f : recipe_fields(recipe_table()[0])) if (f.name.rfind("fprop.x.", 0) == 0) printf("  %-22s %s\n", ("<operand>." + f.name.substr(8)).c_str(), f.allowed.c_str());
   for (const RecipeField& f : recipe_fields(recipe_table()[0])) if (std::count(f.name.begin(), f.name.end(), '.') < 2) printf("  %-22s %s\n", f.name.c_str(), f.allowed.c_str());
   printf("<operand>: fprop.x fprop.w dgrad.dy dgrad.w wgrad.dy wgrad.x; a GEMM's name alone means both of its operands, no name all six, as in --set outer=tensor\n");

@@ -411,7 +411,7 @@ inline std::string recipe_problem(Recipe& r) {
 // One word an operand, for the table: "NVFP4 1x16/128 SR RHT16* 2x"
 inline std::string operand_word(const OperandRecipe& o) {
   static const char* formats[] = {"BF16", "NVFP4", "MXFP4", "FP4-row", "E4M3", "E5M2", "MXFP8", "exact"};
-  static const char* rules[] = {"", " ceil", " 4/6", " ocp", " quest-floor", " quest", " 3/4", " 16/17", ""};
+  static const char* rules[] = {"", " ceil", " 4/6", " ocp", " quest-floor", " quest", " 3/4", " 16/17", " post-hoc"};
   static const char* roundings[] = {" RN", " SR", " EDEN", " EDEN128"};
   if (o.format == Format::bf16) return "bf16";
   std::string w = formats[(int)o.format];
