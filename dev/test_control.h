@@ -1254,28 +1254,43 @@ inline void test_unpack() {
   }
   check("unpacked codes are the values that the quantizer writes, bit for bit: every operand of the table, odd sizes, zeros of both signs", wrong == 0, "%d of %d cases differ %s", wrong, cases, at.c_str());
 }
+// A linear layer's data, and the five controls that it may stand under: none, OCC, OutControl with 32 columns split off, Q-EMA, the last two together.
+struct Controls {
+  static constexpr int kCount = 5, T = 48, K = 160, N = 96;
+  Floats x, w, dy, average;
+  Device<float> dev_average;
+  Device<int> columns;
+  OutlierLayer outliers;
+  Controls(Rng& rng, double w_size)
+      : x(normals(rng, (size_t)T * K)), w(normals(rng, (size_t)N * K, w_size)), dy(normals(rng, (size_t)T * N)), average(near(w, rng)), dev_average(average),
+        columns(order()), outliers{K, 32, columns.p, nullptr} {}
+  static Floats near(Floats v, Rng& rng) { for (float& a : v) a += (float)(rng.normal() * 0.003); return v; }
+  static std::vector<int> order() { std::vector<int> o(K); for (int i = 0; i < K; i++) o[i] = (i * 7) % K; return o; }
+  static bool has_occ(int control) { return control == 1; }
+  static bool has_split(int control) { return control == 2 || control == 4; }
+  static bool has_toward(int control) { return control > 2; }
+  static const char* name(int control) {
+    static const char* const names[kCount] = {"alone", "with OCC", "with OutControl", "with Q-EMA", "with OutControl and Q-EMA"};
+    return names[control];
+  }
+  void set(LayerControl& how, int control) const {
+    how.occ = has_occ(control);
+    how.split = has_split(control) ? &outliers : nullptr;
+    how.toward.average = has_toward(control) ? dev_average.p : nullptr;
+  }
+};
 // A layer under control, its operands kept by the forward pass or quantized again in the backward pass.
 inline void test_keep_layer() {
   Rng rng(72);
-  const int T = 48, K = 160, N = 96;
-  const Floats x = normals(rng, (size_t)T * K), w = normals(rng, (size_t)N * K, 0.02), dy = normals(rng, (size_t)T * N);
-  Floats average = w;
-  for (float& a : average) a += (float)(rng.normal() * 0.003);
-  std::vector<int> order(K);
-  for (int i = 0; i < K; i++) order[i] = (i * 7) % K;
-  for (const char* row : {"tetrajet2", "tetrajet", "quartet2", "quartet", "fp4-dge", "nvfp4"}) for (int control = 0; control < 5; control++) {
-    const bool occ = control == 1, split = control == 2 || control == 4, toward = control == 3 || control == 4;
+  const Controls c(rng, 0.02);
+  const int T = c.T, K = c.K, N = c.N;
+  for (const char* row : {"tetrajet2", "tetrajet", "quartet2", "quartet", "fp4-dge", "nvfp4"}) for (int control = 0; control < c.kCount; control++) {
     const Recipe r = row_with(row, {"outliers=none"});
-    if (toward && r.fprop.w.rht) continue;
-    Device<float> dev_average(average);
-    Device<int> columns(order);
-    const OutlierLayer outliers = {K, 32, columns.p, nullptr};
+    if (c.has_toward(control) && r.fprop.w.rht) continue;
     Floats dx[2], dw[2];
     for (bool again : {false, true}) {
-      Layer layer(r, T, K, N, x, w, dy);
-      layer.how.occ = occ;
-      if (split) layer.how.split = &outliers;
-      if (toward) layer.how.toward.average = dev_average.p; else layer.how.toward.average = nullptr;
+      Layer layer(r, T, K, N, c.x, c.w, c.dy);
+      c.set(layer.how, control);
       if (again) linear_forward(layer.how, layer.y.p, layer.dx_x.p, layer.dev_w.p, T, K, N, r, layer.key(), layer.s, nullptr);
       else layer.forward();
       layer.saved.again = again;
@@ -1283,31 +1298,20 @@ inline void test_keep_layer() {
       linear_backward(layer.how, layer.dx.p, layer.dw.p, layer.dev_dy.p, layer.dx_x.p, layer.dev_w.p, T, K, N, r, layer.key(), layer.s, &layer.saved);
       dx[again] = from_x(layer.dx.get()); dw[again] = layer.dw.get();
     }
-    const char* names[] = {"alone", "with OCC", "with OutControl", "with Q-EMA", "with OutControl and Q-EMA"};
-    check(std::string(row) + " " + names[control] + ": quantized again in the backward pass, dX and dW have the same bits", dx[0] == dx[1] && dw[0] == dw[1], "relative differences %.1e, %.1e", rel_error(dx[1], dx[0]), rel_error(dw[1], dw[0]));
+    check(std::string(row) + " " + c.name(control) + ": quantized again in the backward pass, dX and dW have the same bits", dx[0] == dx[1] && dw[0] == dw[1], "relative differences %.1e, %.1e", rel_error(dx[1], dx[0]), rel_error(dw[1], dw[0]));
   }
 }
 // GELU after a layer, under every control: what linear_forward() does with gelu_input is what it does without, and then gelu_forward(). The same bits,
 // but for a GPU's epilogue, where a different order of sums may turn a rounding, and GELU is of the sum before that.
 inline void test_gelu_layer() {
   Rng rng(74);
-  const int T = 48, K = 160, N = 96;
-  const Floats x = normals(rng, (size_t)T * K), w = normals(rng, (size_t)N * K, 0.1), dy = normals(rng, (size_t)T * N);
+  const Controls c(rng, 0.1);
+  const int T = c.T, K = c.K, N = c.N;
   Device<floatX> bias(to_x(normals(rng, N)));
-  Floats average = w;
-  for (float& a : average) a += (float)(rng.normal() * 0.003);
-  std::vector<int> order(K);
-  for (int i = 0; i < K; i++) order[i] = (i * 7) % K;
-  Device<float> dev_average(average);
-  Device<int> columns(order);
-  const OutlierLayer outliers = {K, 32, columns.p, nullptr};
-  const char* names[] = {"alone", "with OCC", "with OutControl", "with Q-EMA", "with OutControl and Q-EMA"};
-  for (const char* row : {"bf16", "nvfp4", "tetrajet"}) for (int control = 0; control < (row[0] == 'b' ? 1 : 5); control++) {
-    const bool adds = control == 1 || control == 2 || control == 4;
-    Layer layer(row_with(row, {"outliers=none"}), T, K, N, x, w, dy);
-    layer.how.occ = control == 1;
-    if (control == 2 || control == 4) layer.how.split = &outliers;
-    layer.how.toward.average = control > 2 ? dev_average.p : nullptr;
+  for (const char* row : {"bf16", "nvfp4", "tetrajet"}) for (int control = 0; control < (row[0] == 'b' ? 1 : c.kCount); control++) {
+    const bool adds = c.has_occ(control) || c.has_split(control);
+    Layer layer(row_with(row, {"outliers=none"}), T, K, N, c.x, c.w, c.dy);
+    c.set(layer.how, control);
     Device<floatX> act((size_t)T * N), sums((size_t)T * N), apart((size_t)T * N);
     auto forward = [&](floatX* Y, LinearEpilogue add) { linear_forward(layer.how, Y, layer.dx_x.p, layer.dev_w.p, T, K, N, layer.r, layer.key(), layer.s, &layer.saved, add); };
     forward(act.p, {bias.p, nullptr, sums.p});
@@ -1315,7 +1319,7 @@ inline void test_gelu_layer() {
     gelu_forward(apart.p, layer.y.p, (size_t)T * N);
     const Floats got = from_x(act.get()), got_sums = from_x(sums.get()), want = from_x(apart.get()), want_sums = from_x(layer.y.get());
     const bool same = got == want && got_sums == want_sums, exact = kOnCpu || adds;
-    check(std::string(row) + " " + names[control] + ": GELU by linear_forward() is that of gelu_forward()" + (exact ? ", bit for bit" : ""),
+    check(std::string(row) + " " + c.name(control) + ": GELU by linear_forward() is that of gelu_forward()" + (exact ? ", bit for bit" : ""),
           exact ? same : rel_error(got, want) < 2 * kResult && rel_error(got_sums, want_sums) < kResult, "relative differences %.1e, before GELU %.1e", rel_error(got, want), rel_error(got_sums, want_sums));
   }
 }
@@ -1323,24 +1327,16 @@ inline void test_gelu_layer() {
 // maximum. Elsewhere the largest X is not the largest that is quantized, or not looked for, and any number may stand there.
 inline void test_maximum_layer() {
   Rng rng(75);
-  const int T = 48, K = 160, N = 96;
-  const Floats x = normals(rng, (size_t)T * K), w = normals(rng, (size_t)N * K, 0.1), dy = normals(rng, (size_t)T * N);
-  Floats average = w;
-  for (float& a : average) a += (float)(rng.normal() * 0.003);
-  std::vector<int> order(K);
-  for (int i = 0; i < K; i++) order[i] = (i * 7) % K;
-  Device<float> dev_average(average), maxima(Floats{0, 0});
-  Device<int> columns(order);
-  const OutlierLayer outliers = {K, 32, columns.p, nullptr};
+  const Controls c(rng, 0.1);
+  const int T = c.T, K = c.K, N = c.N;
+  Device<float> maxima(Floats{0, 0});
   int taken = 0, left = 0, wrong = 0;
   std::string first, takers;
-  for (const Recipe& row : recipe_table()) for (int control = 0; control < 5; control++) for (bool with_xt : {false, true}) {
-    if (row.name == "bf16" || (control > 2 && !is_fp4(row.fprop.w.format)) || (with_xt && !can_save_xt(row))) continue;
-    Layer layer(row, T, K, N, x, w, dy);
+  for (const Recipe& row : recipe_table()) for (int control = 0; control < c.kCount; control++) for (bool with_xt : {false, true}) {
+    if (row.name == "bf16" || (c.has_toward(control) && !is_fp4(row.fprop.w.format)) || (with_xt && !can_save_xt(row))) continue;
+    Layer layer(row, T, K, N, c.x, c.w, c.dy);
     if (with_xt) want_linear_saved(layer.saved, row, T, K, N, [&](auto** where, size_t n) { layer.take(where, n); }, true);
-    layer.how.occ = control == 1;
-    if (control == 2 || control == 4) layer.how.split = &outliers;
-    layer.how.toward.average = control > 2 ? dev_average.p : nullptr;
+    c.set(layer.how, control);
     auto run = [&](float* amax) {
       layer.scalars.start();
       linear_forward(layer.how, layer.y.p, layer.dx_x.p, layer.dev_w.p, T, K, N, row, layer.key(), layer.s, &layer.saved, {}, amax);

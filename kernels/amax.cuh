@@ -6,7 +6,7 @@
 // above all and stays. (GELU's output is written by the GEMM.)
 // Cost    BF16 on a GPU: one operation for two elements, and a few for a warp.
 #pragma once
-#include "ptx.cuh"      // defines: max_abs_bf16x2
+#include "ptx.cuh"      // defines: max_abs_bf16x2, pair_amax_bits
 
 // What one thread has stored, as vectors of N. Pairs of BF16 are compared as they lie in a word.
 template <class T, int N> struct StoredMax {
@@ -14,7 +14,7 @@ template <class T, int N> struct StoredMax {
   uint32_t most = 0;
   __device__ __forceinline__ void add(const Vec<T, N>& x) {
     if constexpr (kPairs) {
-      uint32_t word[ceil_div(N, 2)];
+      uint32_t word[N / 2];
       memcpy(word, &x, sizeof x);
 #pragma unroll
       for (int i = 0; i < N / 2; i++) most = max_abs_bf16x2(most, word[i]);
@@ -23,14 +23,11 @@ template <class T, int N> struct StoredMax {
       for (int i = 0; i < N; i++) most = max(most, float_bits(to_float(x.v[i])) & 0x7fffffffu);
     }
   }
-  // As the bits of a nonnegative float: ordered like the floats themselves, with NaN above all.
-  __device__ __forceinline__ uint32_t bits() const { return kPairs ? max(most << 16 & 0x7fff0000u, most & 0x7fff0000u) : most; }
+  __device__ __forceinline__ uint32_t bits() const { return kPairs ? pair_amax_bits(most) : most; }
 };
 
 // amax = max(amax, bits), for one thread of as many as share a maximum. Few of them raise it, and only these write.
 __device__ inline void raise_amax(float* amax, uint32_t bits) {
-#ifdef __CUDA_ARCH__
-  if (bits > 0x7f800000u) bits = 0x7fffffffu;                // the NaN that arithmetic makes
-#endif
+  bits = arithmetic_nan(bits);                               // as a search has it
   if (bits > *(const volatile uint32_t*)amax) atomicMax((unsigned*)amax, bits);
 }

@@ -50,7 +50,7 @@
 //             two warps share 32 keys, 8 warps, 64 queries                       -     218     175       -     201   <- D 128
 //             FlashAttention-2                                                 128     207     139     119
 // FlashAttention-2: PyTorch's scaled_dot_product_attention with its flash backend, on a machine of the same kind at another time.
-// Both in one call, ten launches in a row, H200, the first three columns: forward 222 322 249 against 212 305 240, backward 170 227 184 against 152 226 165.
+// Both in one call, ten launches in a row, H200, the first three columns: forward 222 322 249 (the second 309 another time) against 212 305 240, backward 170 227 184 against 152 226 165.
 // (Before, each launch was timed alone, which counts what PyTorch's host takes to start it: 191 283 210, 133 214 140.)
 //
 // Limit     Shared memory, by arithmetic and these measurements (no profiler has run). A fragment for two mma is 4 clocks of a multiprocessor's

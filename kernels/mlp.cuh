@@ -144,10 +144,7 @@ template <int kLanes = kRowLanes> void gelu_backward(floatX* dx, float* dbias, c
 // ------------------------------------------------------------------ SwiGLU
 template <bool kAmax, int kLanes, int kVec> __global__ void swiglu_forward_kernel(floatX* out, const floatX* gate_up, int T, int F, [[maybe_unused]] float* amax) {
   int row = row_index<kLanes>();
-  if (row >= T) {
-    if (!kAmax) return;
-    row = T - 1;                           // the last row once more: the whole block comes to raise_row_amax()
-  }
+  if (!has_row<kAmax>(row, T)) return;
   StoredMax<floatX, kVec> most;
   out += (size_t)row * F;
   gate_up += (size_t)row * 2 * F;

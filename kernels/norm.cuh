@@ -31,10 +31,7 @@ norm_forward_kernel(floatX* out, float* mean_out, float* rstd_out, const floatX*
                     [[maybe_unused]] float* amax) {
   const int lane = row_lane<kLanes>();
   int row = row_index<kLanes>();
-  if (row >= T) {
-    if (!kAmax) return;
-    row = T - 1;                           // the last row once more: the whole block comes to raise_row_amax()
-  }
+  if (!has_row<kAmax>(row, T)) return;
   x += (size_t)row * C;
   out += (size_t)row * C;
   const float mean = kCenter ? row_sum<kLanes, kVec>(x, C, [](float v) { return v; }) / C : 0.0f;
@@ -66,10 +63,7 @@ norm_forward_held_kernel(floatX* __restrict__ out, float* __restrict__ mean_out,
                          [[maybe_unused]] float* amax) {
   const int lane = row_lane<32>();
   int row = row_index<32>();
-  if (row >= T) {
-    if (!kAmax) return;
-    row = T - 1;                           // the last row once more: the whole block comes to raise_row_amax()
-  }
+  if (!has_row<kAmax>(row, T)) return;
   x += (size_t)row * C;
   out += (size_t)row * C;
   Vec<floatX, kVecX> held[kHold];

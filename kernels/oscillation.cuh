@@ -275,8 +275,7 @@ inline void linear_forward_toward(floatX* Y, const floatX* X, const floatX* W, i
                                   const LinearScratch& s, LinearSaved* saved, const TowardAverage& q, LinearEpilogue add = {},
                                   float* x_amax = nullptr) {
   const GemmWay way = fp4_way_of(r.fprop.x, r.fprop.w, s.ways);
-  const ReadyOperand x = prepare_operand(r.fprop.x, {kFpropX, kFpropX, key, way}, X, T, K, false, s, saved && saves_x(r) ? &saved->x : nullptr,
-                                         takes_plain_max(r.fprop.x) ? x_amax : nullptr);
+  const ReadyOperand x = prepare_operand(r.fprop.x, {kFpropX, kFpropX, key, way}, X, T, K, false, s, saved && saves_x(r) ? &saved->x : nullptr, x_amax);
   const ReadyOperand w = prepare_toward(W, N, K, r, key, way, s, saved, q, &x);
   Gemm g;
   g.M = T; g.N = N; g.K = K; g.D = Y; g.ldd = N;

@@ -341,6 +341,10 @@ __device__ __forceinline__ uint32_t max_abs_bf16x2(uint32_t m, uint32_t x) {
   return max(m & 0x7fffu, x & 0x7fffu) | max(m & 0x7fff0000u, x & 0x7fff0000u);
 #endif
 }
+// The larger of such a pair, as the bits of a nonnegative float: ordered like the floats themselves, with NaN above all.
+__device__ __forceinline__ uint32_t pair_amax_bits(uint32_t pair) { return max(pair << 16 & 0x7fff0000u, pair & 0x7fff0000u); }
+// Such bits, with the NaN that a GPU's arithmetic makes in the place of one that has kept its own.
+__device__ __forceinline__ uint32_t arithmetic_nan(uint32_t bits) { return !kOnCpu && bits > 0x7f800000u ? 0x7fffffffu : bits; }
 #ifndef CPU_BUILD
 // The upper bytes of two words, each extended by its sign to half of a word.
 __device__ __forceinline__ uint32_t upper_bytes(uint32_t low, uint32_t high) {

@@ -78,7 +78,7 @@
 //         block as |a| + |b| of its last butterfly: 1.00. RHT128's butterflies between lanes by a turn through shared memory and back, 24 operations for
 //         48 shuffles: rows .98, columns .99, from packed 1.02. Rounding to nearest with signs by pairs: more registers, 1.06; 4/6 without saturation: 1.05.
 //         Columns on an H100, where memory is what counts: 85 % of a copy, whatever the rounding (rows: 98), 86 to 87 since fewer blocks are there at once
-//         (column_blocks(); H200, 1.4 times the memory: 80 to 81). Streaming stores, tiles in the order of the operand's rows, a third tile on its way,
+//         (column_blocks(); H200, 1.4 times the memory: 80 to 81). Streaming stores, tiles in the order of the operand's rows, a third square on its way,
 //         reading 256 bytes ahead into L2 (for the maximum of columns .95): 1.00. Tiles of 128 x 128 for columns alone, with two blocks of 256 threads:
 //         SR RHT16 .98, 1x128 .98, MS-EDEN .94 (H200: 1.01, 1.16, 1.09).
 #pragma once
@@ -1378,8 +1378,7 @@ amax_both_kernel(unsigned* row_amax, unsigned* column_amax, Matrix<bf16> x, Bloc
       most = max(most, rotated_amax_bits(v, signs));
     }
   });
-  plain = pair_amax_bits(plain);
-  if (!kOnCpu && plain > 0x7f800000u) plain = 0x7fffffffu;      // a GPU's NaN, as a float
+  plain = arithmetic_nan(pair_amax_bits(plain));
   using S = Share<16, true>;
   most = max_down<S>(max_along<S>(most));
   if (!kRowRht) plain = max_down<S>(max_along<S>(plain));

@@ -42,6 +42,12 @@ template <int kLanes, int kVec, class F> __device__ inline float row_sum(const f
   return lanes_sum<kLanes>((float)sum[0]);
 }
 
+// Is there a row for this thread? Where the block is to end in raise_row_amax() there is for all: those beyond the last row do that one once more.
+template <bool kAmax> __device__ inline bool has_row(int& row, int T) {
+  if (row < T) return true;
+  if (kAmax) row = T - 1;
+  return kAmax;
+}
 // raise_amax() by a row kernel: all threads of a block come here, each with the largest of what it stored. (One of them goes on: else a warp for every
 // row of the tensor would ask the same address.)
 template <int kLanes> __device__ inline void raise_row_amax(float* amax, uint32_t bits) {

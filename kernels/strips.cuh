@@ -264,7 +264,6 @@ template <int kN> __device__ __forceinline__ uint32_t max_abs_pairs(const uint32
   for (int j = 0; j < kN; j++) m = max_abs_bf16x2(m, word[j]);
   return m;
 }
-__device__ __forceinline__ unsigned pair_amax_bits(uint32_t pair) { return max(pair << 16 & 0x7fff0000u, pair & 0x7fff0000u); }
 
 // The rows of a strip that a thread holds, in turn.
 template <class S, bool kTranspose, class Source> struct StripRows {
