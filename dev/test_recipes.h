@@ -441,15 +441,16 @@ template <bool kWarp> OperandBytes strip_form(const bf16* x, const Operand4* fro
 inline void test_strip_forms() {
   Mismatches m, amax;
   Rng rng(173);
-  for (const char* text : {"nvfp4", "nvfp4 rounding=stochastic rht=16", "nvfp4 blocks=16x16 scale=four_six", "nvfp4 outer=1x128 rounding=stochastic rht=64 signs=fresh", "nvfp4 rounding=eden16 rht=128 signs=fresh",
+  for (const char* text : {"nvfp4", "nvfp4 blocks=16x16", "nvfp4 rounding=stochastic", "nvfp4 rht=16", "nvfp4 rounding=stochastic rht=16", "nvfp4 blocks=16x16 scale=four_six", "nvfp4 outer=1x128 rounding=stochastic rht=64 signs=fresh", "nvfp4 rounding=eden16 rht=128 signs=fresh",
                            "nvfp4 rounding=eden16 scale=post_hoc rht=128 signs=fresh", "nvfp4 rounding=eden128 scale=post_hoc rht=32 signs=fresh", "nvfp4 rounding=eden128 rht=32 signs=fresh", "nvfp4 scale=four_six", "mxfp4 scale=quest_nearest rht=32 signs=none", "mxfp4 scale=range34 rounding=stochastic rht=128 signs=fresh",
                            "mxfp4 scale=ceil rht=16 signs=fresh", "mxfp8", "fp8_e5m2", "fp4_vector rht=16", "exact rht=64 signs=fresh"})
     for (bool transpose : {false, true})
-      for (auto [src_rows, src_cols] : {std::pair(37, 300), std::pair(150, 66)}) {
+      for (auto [src_rows, src_cols] : {std::pair(37, 300), std::pair(150, 66), std::pair(300, 136), std::pair(33, 520)}) {
         const OperandRecipe o = operand_of(text), from_how = operand_of("nvfp4 outer=1x128");
         TestArray<bf16> x(narrow<bf16>(widen(as_stored<bf16>(quantizer_data(kHeavyTail, src_rows, src_cols, 174)))));
         QuantizeHow how = random_key(rng, transpose);
         how.recipe = o;
+        if (o.signs == Signs::fixed) how.sign_bits[0] = kFixedSigns;                       // as the kernels expect that know their recipe
         OperandOnDevice packed(from_how, src_rows, src_cols, true, false);
         QuantizeHow plain;
         plain.recipe = from_how;

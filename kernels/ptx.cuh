@@ -307,6 +307,15 @@ __device__ __forceinline__ uint32_t in_register(uint32_t x) {
 #endif
   return x;
 }
+// Which warp of its block this is. Of what a shuffle gives all lanes the compiler knows that they agree: a branch that depends on it alone leaves constants
+// in uniform registers. All lanes call it.
+__device__ __forceinline__ int warp_in_block() {
+#ifdef CPU_BUILD
+  return (int)threadIdx.x / 32;
+#else
+  return __shfl_sync(0xffffffffu, (int)threadIdx.x / 32, 0);
+#endif
+}
 // The same; and what is made of it stays behind the branch where this stands: a compiler likes to compute little things before it knows whether they
 // are wanted.
 __device__ __forceinline__ uint32_t behind_branch(uint32_t x) {

@@ -118,7 +118,7 @@ template <> struct KnownFor<false, true, Matrix<bf16>> {
   using List = KnownList<Known::rn, Known::tile, Known::tile46, Known::sr, Known::outer_rn, Known::outer_sr16, Known::rn46>;
 };
 template <> struct KnownFor<true, true, Matrix<bf16>> {
-  using List = KnownList<Known::rn, Known::tile, Known::tile46, Known::sr, Known::sr16, Known::rn16, Known::outer_sr16>;
+  using List = KnownList<Known::outer_sr16>;
 };
 template <> struct KnownFor<true, true, Packed> { using List = KnownList<Known::outer_sr16>; };
 #endif
@@ -716,7 +716,7 @@ __device__ __forceinline__ void nvfp4_strip(Rows& rows, const Operand4& out, con
   RowPart<S> v;
   unsigned tile_amax[S::kUnits] = {};
   if (tile) {
-#pragma unroll 1
+#pragma unroll Rows::kUnroll
     for (int i = 0; i < S::kRows; i++) {
       const unsigned most = how.row<S>(v, rows, i, out.cols, known);
 #pragma unroll
@@ -733,7 +733,7 @@ __device__ __forceinline__ void nvfp4_strip(Rows& rows, const Operand4& out, con
   }
 #endif
   if (S::kWarp && is_eden(recipe)) eden[0][0] = random_block(how.key, how.rounds, eden_draw(at.row, first_block, blocks));
-#pragma unroll 1
+#pragma unroll Rows::kUnroll
   for (int i = 0; i < S::kRows; i++) {
     const unsigned row = (unsigned)rows.row(i);
     const unsigned most = how.row<S>(v, rows, i, out.cols, known);
@@ -1172,49 +1172,63 @@ __global__ void __launch_bounds__(256, 4) align_post_hoc_kernel(AlignJobs jobs) 
 //         d < 4: 16 words in 16 banks, two lanes each. cp.async: 8 lanes write 128 bytes in a row.
 constexpr int kSquare = 128;
 constexpr int kBothThreads = 256, kBothBlocks = 3;             // of a block; blocks that a multiprocessor is to hold
-__host__ __device__ constexpr int square_offset(int row, int column) { return row * (kSquare + 8) + row / 16 * 8 + column + column / 64 * 8; }
-constexpr int kSquareElements = square_offset(kSquare, 0);
-constexpr size_t kBothShared = kTiles * kSquareElements * sizeof(bf16);
-template <int kThreads> __device__ __forceinline__ void fetch_square(bf16* square, const Matrix<bf16>& x, int first_row, int first_col) {
+// kMore: elements more after every 16 rows; 16 for columns alone (below), whose rows are as long as they are.
+template <int kMore = 8> __host__ __device__ constexpr int square_offset(int row, int column) {
+  return kMore == 16 ? row * kSquare + row / 16 * kMore + column : row * (kSquare + 8) + row / 16 * kMore + column + column / 64 * 8;
+}
+template <int kMore = 8> constexpr size_t kSquareShared = kTiles * square_offset<kMore>(kSquare, 0) * sizeof(bf16);
+template <int kThreads, int kMore>
+__device__ __forceinline__ void fetch_square(bf16* square, const Matrix<bf16>& x, int first_row, int first_col) {
   constexpr int kStep = kThreads / 16;                          // rows at once
-  static_assert(kStep == 16, "a step is as long in the whole square");
-  const int r = first_row + (int)threadIdx.x / 16, part = (int)threadIdx.x % 16 * 8;
-  bf16* to = square + square_offset((int)threadIdx.x / 16, part);
+  static_assert(kStep % 16 == 0, "a step is as long in the whole square");
+  constexpr bool kFewSteps = kStep > 16;                        // so few that an edge needs no case of its own
+  const int thread = (int)(kFewSteps ? behind_branch(threadIdx.x) : threadIdx.x), r = first_row + thread / 16, part = thread % 16 * 8;
+  bf16* to = square + square_offset<kMore>(thread / 16, part);
   const bf16* from = x.x + (size_t)r * x.cols + first_col + part;
   const size_t step = (size_t)kStep * x.cols;
-  if (first_row + kSquare <= x.rows && first_col + kSquare <= x.cols) {
+  if (!kFewSteps && first_row + kSquare <= x.rows && first_col + kSquare <= x.cols) {
 #pragma unroll
-    for (int row = 0; row < kSquare; row += kStep, from += step) cp_async<16>(to + square_offset(row, 0), from, true);
+    for (int row = 0; row < kSquare; row += kStep, from += step) cp_async<16>(to + square_offset<kMore>(row, 0), from, true);
     return;
   }
   const bool in_row = first_col + part < x.cols;                // rows of whole 16 bytes
-#pragma unroll 1
+#pragma unroll (kFewSteps ? kSquare / kStep : 1)
   for (int row = 0; row < kSquare; row += kStep, from += step) {
     const bool inside = in_row && r + row < x.rows;
-    cp_async<16>(to + square_offset(row, 0), inside ? from : x.x, inside);
+    cp_async<16>(to + square_offset<kMore>(row, 0), inside ? from : x.x, inside);
   }
 }
-// Calls use(square, first row, first column) for this block's squares of the first `down` x `across`. Neighbouring blocks have neighbouring columns.
-template <int kThreads, class Use>
+// Calls use(square, first row, first column) for this block's squares of the first `down` x `across`. Neighbouring blocks' squares lie side by side, or
+// with kDown one below the other, so that what they write of the column copy lies side by side.
+template <int kThreads, bool kDown = false, int kMore = 8, class Use>
 __device__ __forceinline__ void for_each_square(const Matrix<bf16>& x, unsigned down, unsigned across, bf16* shared, Use use) {
-  auto fetch = [&](unsigned unit, unsigned turn) {
-    if (unit < down * across)
-      fetch_square<kThreads>(shared + turn % kTiles * kSquareElements, x, (int)(unit / across) * kSquare, (int)(unit % across) * kSquare);
+  constexpr int kElements = square_offset<kMore>(kSquare, 0);
+  const unsigned length = kDown ? down : across, lines = kDown ? across : down, step = gridDim.x % length, step_lines = gridDim.x / length;
+  unsigned place = blockIdx.x % length, line = blockIdx.x / length, turn = 0;             // of the next square, which is not there if there is no such line
+  auto row = [&] { return (int)(kDown ? place : line) * kSquare; };
+  auto col = [&] { return (int)(kDown ? line : place) * kSquare; };
+  auto fetch = [&] {
+    if (line < lines) fetch_square<kThreads, kMore>(shared + turn % kTiles * kElements, x, row(), col());
     cp_async_commit();
   };
-  fetch(blockIdx.x, 0);
-  unsigned turn = 0;
-  for (unsigned unit = blockIdx.x; unit < down * across; unit += gridDim.x, turn++) {
-    fetch(unit + gridDim.x, turn + 1);
+  fetch();
+  while (line < lines) {
+    const int first_row = row(), first_col = col();
+    const bf16* square = shared + turn++ % kTiles * kElements;
+    place += step;
+    line += step_lines + (place >= length);
+    place -= place >= length ? length : 0;
+    fetch();
     cp_async_wait<1>();
     __syncthreads();
-    use(shared + turn % kTiles * kSquareElements, (int)(unit / across) * kSquare, (int)(unit % across) * kSquare);
+    use(square, first_row, first_col);
     __syncthreads();                                            // the square is used up
   }
 }
 // The rows of a strip, from a square in shared memory. row, col: of the operand, where the square begins; strip: 0 to 7.
 template <class S, bool kTranspose> struct SquareRows {
   static constexpr bool kFewBits = true, kPairs = !kTranspose;
+  static constexpr int kUnroll = 1;
   StripPlace at;
   const bf16* from;
   uint32_t pairs, word[S::kUnit / 2];                           // as in StripRows
@@ -1256,6 +1270,50 @@ template <class S, bool kTranspose> struct SquareRows {
     }
   }
 };
+// Columns alone, where they need no scale of 128 columns. What a GPU's memory takes from few squares at a time it takes fastest, and so few squares are
+// to keep a whole multiprocessor busy: a block has 16 warps, each of which makes half a strip, 16 x 64, and a lane two neighbouring rows of the operand,
+// which come in one word. Banks: lane (a, d) is at word 1096 a + d = 8 a + d (mod 32), a < 4, d < 8: all of them once.
+constexpr int kColumnThreads = 512, kColumnMore = 16;
+struct HalfStrip {
+  static constexpr bool kWarp = true;
+  static constexpr int kUnit = 16, kUnits = 1, kAlong = 4, kLanes = 32, kDown = 8, kRows = 2;       // as in Share
+};
+struct SquareColumns {
+  static constexpr bool kFewBits = true, kPairs = false;
+  static constexpr int kUnroll = 2;
+  StripPlace at;
+  uint32_t both[16];                                            // elements of both rows
+  uint32_t pairs, word[8];                                      // as in StripRows
+  __device__ __forceinline__ SquareColumns(const bf16* square, int row, int col) {
+    const unsigned thread = behind_branch(threadIdx.x);         // to be found again for every square: no register is left to keep it in
+    const int half = (int)(thread / 32), lane = (int)(thread % 32), along = lane % HalfStrip::kAlong, strip = half / 2 * 16;
+    const int first = half % 2 * 64 + along * 16, down = lane / HalfStrip::kAlong * 2;
+    at = {row + strip + down, col + first, along, true};
+    const bf16* from = square + square_offset<kColumnMore>(first, strip + down);
+#pragma unroll
+    for (int j = 0; j < 16; j++) both[j] = *(const uint32_t*)(from + square_offset<kColumnMore>(j, 0));
+  }
+  __device__ __forceinline__ int row(int i) const { return at.row + i; }
+  __device__ __forceinline__ void start() {}
+  __device__ __forceinline__ void load(RowPart<HalfStrip>& v, int i, const uint32_t* = nullptr) {
+#pragma unroll
+    for (int j = 0; j < 16; j++) v[0][j] = bits_float(i ? both[j] & 0xffff0000u : both[j] << 16);
+  }
+};
+template <Known kKnown>
+__global__ void __launch_bounds__(kColumnThreads, 2)
+nvfp4_columns_kernel(Operand4 out, const uint32_t* four_tiles, Matrix<bf16> x, BlockHow how) {
+  make_known<kKnown>(how);
+  DYNAMIC_SHARED(bf16, shared);
+  const TensorScale tensor = known_tensor_scale(how.recipe, out.amax);
+  how.write_alpha(out.amax);
+  const auto signs = input_signs<kKnown, SquareColumns>(how);
+  const unsigned down = ceil_div((unsigned)how.cols_covered, (unsigned)kSquare), across = ceil_div((unsigned)how.rows_covered, (unsigned)kSquare);
+  for_each_square<kColumnThreads, true, kColumnMore>(x, down, across, shared, [&](const bf16* square, int row, int col) {
+    SquareColumns columns(square, col, row);
+    nvfp4_strip<HalfStrip>(columns, out, four_tiles, how, tensor, &signs);
+  });
+}
 template <Known kRow, Known kColumn>
 __global__ void __launch_bounds__(kBothThreads, kBothBlocks)
 nvfp4_both_kernel(Operand4 row_out, Operand4 column_out, Matrix<bf16> x, BlockHow row_how, BlockHow column_how) {
@@ -1273,7 +1331,7 @@ nvfp4_both_kernel(Operand4 row_out, Operand4 column_out, Matrix<bf16> x, BlockHo
   const auto column_signs = input_signs<kColumn, SquareRows<S, true>>(column_how);
   for_each_square<kBothThreads>(x, down, across, shared, [&](const bf16* square, int row, int col) {
 #pragma unroll 1
-    for (int strip = (int)threadIdx.x / 32; strip < 8; strip += kBothThreads / 32) {         // whole warps are inside, or not
+    for (int strip = warp_in_block(); strip < 8; strip += kBothThreads / 32) {         // whole warps are inside, or not
       SquareRows<S, false> rows(square, row, col, strip, row_how.rows_covered, row_how.cols_covered);
       if (rows.at.inside) nvfp4_strip<S>(rows, row_out, nullptr, row_how, row_tensor, &row_signs);
       SquareRows<S, true> columns(square, col, row, strip, column_how.rows_covered, column_how.cols_covered);
@@ -1293,7 +1351,7 @@ both_halves_kernel(Operand4 row_out, Operand4 column_out, uint32_t* row_groups, 
   make_known<kKnown>(column_how);
   DYNAMIC_SHARED(bf16, shared);
   if (!kPostHoc) { row_how.write_alpha(row_out.amax); column_how.write_alpha(column_out.amax); }
-  const int warp = (int)threadIdx.x / 32;
+  const int warp = warp_in_block();
   const bool columns = warp >= kWarps;
   SignBits bits;
   for (int k = 0; k < 2; k++) bits.word[k] = columns ? column_how.signs.word[k] : row_how.signs.word[k];
@@ -1550,13 +1608,6 @@ template <bool kTranspose, bool kWarp, class Kernel, class... A> void launch_str
   const unsigned blocks = !kWarp ? ceil_div(units, 8u) : stay ? min(units, resident_blocks(kernel, threads, stay)) : units;
   launch(kernel, blocks, threads, 0, args...);
 }
-// Where memory is what columns wait for, as values under the tensor's scale, three blocks are better than the six that there is room for: what fewer tiles
-// ask for lies closer together. SR RHT16 .98 of the time on an H100, .96 on an H200; RN RHT16 .99, .98; W^T 1.00, .98. Those with more to do are slower with
-// three on an H200 (1x128 SR RHT16 1.12, MS-EDEN 1.14; H100 .95, 1.01), and so are packed ones (SR RHT16 1.07 on both).
-inline int column_blocks(const OperandRecipe& r, const Operand4& out) {
-  const bool little = r.outer == Outer::tensor && (r.rounding == Rounding::nearest || r.rounding == Rounding::stochastic) && r.scale == ScaleRule::standard;
-  return little && !out.codes ? 3 : kStayAll;
-}
 template <bool kTranspose, bool kWarp, class Source>
 void launch_amax(float* plain, float* rotated, uint32_t* row_amax, const Source& x, int rows, int cols, BlockHow how) {
   if (row_amax) device_zero(row_amax, (size_t)rows);
@@ -1578,6 +1629,16 @@ void with_known(const BlockHow& how, KnownList<k, others...>, Go go) {
   if (is_known(how.recipe, k, how.signs)) go(nvfp4_kernel<kTranspose, kWarp, Source, k>);
   else with_known<kTranspose, kWarp, Source>(how, KnownList<others...>{}, go);
 }
+// The same with nvfp4_columns_kernel, if there is one.
+using KnownColumns = KnownList<Known::rn, Known::tile, Known::tile46, Known::sr, Known::sr16, Known::rn16>;
+template <class Go> bool with_columns(const BlockHow&, KnownList<>, Go) { return false; }
+template <Known k, Known... others, class Go> bool with_columns(const BlockHow& how, KnownList<k, others...>, Go go) {
+  if (!is_known(how.recipe, k, how.signs)) return with_columns(how, KnownList<others...>{}, go);
+  go(nvfp4_columns_kernel<k>);
+  return true;
+}
+// Blocks of it a multiprocessor: where memory is all that it waits for, one is faster than two.
+inline unsigned column_blocks(const OperandRecipe& r, const Operand4& out) { return r.rounding == Rounding::stochastic || out.codes ? 2 : 1; }
 // The scale buffer has padding rows and blocks to clear; the emulation has neither, only columns up to ld.
 inline void cover(BlockHow& how, const Operand4& out) {
   const int scale_cols = is_mx(how.recipe.format) ? 32 : 16;
@@ -1599,7 +1660,7 @@ void launch_quantize(const Operand4& out, const Source& x, BlockHow how, uint32_
     launch_amax<kTranspose, kWarp>(r.rht ? nullptr : out.amax, r.rht ? out.amax : nullptr, r.format == Format::fp4_vector ? groups : nullptr, x,
                                    out.rows, out.cols, how);
   cover(how, out);
-  const int stay = !kTranspose ? 0 : Source::kRowCopy && r.format == Format::nvfp4 ? column_blocks(r, out) : kStayAll;
+  const int stay = kTranspose ? kStayAll : 0;
   auto go = [&](auto kernel, auto... args) { launch_strips<kTranspose, kWarp>(kernel, stay, how.rows_covered, how.cols_covered, args...); };
   if (is_mx(r.format)) return go(mx_kernel<kTranspose, kWarp, Source>, out, x, how);
   if (r.format != Format::nvfp4) return go(plain_kernel<kTranspose, kWarp, Source>, out, groups, x, how);
@@ -1615,6 +1676,13 @@ void launch_quantize(const Operand4& out, const Source& x, BlockHow how, uint32_
     const unsigned tiles = ceil_div(out.rows, 16) * ceil_div(out.cols, 16), threads = kWarp ? 128 : 8;                 // 8 tiles in a block
     launch(tile_four_six_kernel<kTranspose, kWarp, Source>, ceil_div(tiles, 8u), threads, 0, groups, x, out.rows, out.cols, how,
            (const float*)out.amax);
+  }
+  if constexpr (kTranspose && kWarp && std::is_same_v<Source, Matrix<bf16>>) {
+    auto go_by_squares = [&](auto kernel) {
+      const unsigned squares = ceil_div(how.rows_covered, kSquare) * ceil_div(how.cols_covered, kSquare), most = column_blocks(r, out) * multiprocessors();
+      launch(kernel, min(squares, most), kColumnThreads, kSquareShared<kColumnMore>, out, groups, x, how);
+    };
+    if (x.cols % 8 == 0 && with_columns(how, KnownColumns{}, go_by_squares)) return;
   }
   with_known<kTranspose, kWarp, Source>(how, typename KnownFor<kTranspose, kWarp, Source>::List{},
                                         [&](auto kernel) { go(kernel, out, groups, x, how); });
@@ -1695,7 +1763,7 @@ inline bool both_fit() {
   static const bool fit = [] {
     int bytes = 0;
     CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, 0));
-    return (size_t)bytes >= kBothBlocks * (kBothShared + 1024);
+    return (size_t)bytes >= kBothBlocks * (kSquareShared<> + 1024);
   }();
   return fit;
 #endif
@@ -1713,7 +1781,7 @@ void amax_of_both(float* row, float* column, const T* x, int rows, int cols, con
     const int row_rht = row_how.recipe.rht, rht = how.recipe.rht;
     if (((row_rht == 128 && rht == 128) || (row_rht == 0 && rht == 16)) && cols % 8 == 0 && both_fit()) {
       const auto kernel = rht == 128 ? amax_both_kernel<128, 128> : amax_both_kernel<0, 16>;
-      launch(kernel, both_blocks(ceil_div(rows, kSquare) * ceil_div(cols, kSquare)), kBothThreads, kBothShared, (unsigned*)row, (unsigned*)column,
+      launch(kernel, both_blocks(ceil_div(rows, kSquare) * ceil_div(cols, kSquare)), kBothThreads, kSquareShared<>, (unsigned*)row, (unsigned*)column,
              source, row_how, how);
       return;
     }
@@ -1752,13 +1820,13 @@ bool quantize_both(Operand4 row, QuantizeHow row_how, Operand4 column, QuantizeH
         check_operand(r, row_how.recipe, groups);
         check_operand(c, column_how.recipe, groups);
         if constexpr (!decltype(halves)::value) {
-          launch(kernel, both_blocks(squares), kBothThreads, kBothShared, r, c, source, a, b);
+          launch(kernel, both_blocks(squares), kBothThreads, kSquareShared<>, r, c, source, a, b);
         } else {
           const bool post_hoc = is_post_hoc(a.recipe);
           if (post_hoc && !row_how.amax_is_zero) device_zero(r.amax, 1);
           if (post_hoc && !column_how.amax_is_zero) device_zero(c.amax, 1);
           uint32_t* const others = post_hoc ? groups + group_words(r.rows, r.cols) : nullptr;
-          launch(kernel, both_blocks(squares), kBothThreads, kBothShared, r, c, groups, others, source, a, b);
+          launch(kernel, both_blocks(squares), kBothThreads, kSquareShared<>, r, c, groups, others, source, a, b);
           if (post_hoc) align_post_hoc({{align_job(r, groups, a), align_job(c, others, b)}}, 2);
         }
       };

@@ -32,7 +32,7 @@ template <class S> using RowPart = float[S::kUnits][S::kUnit];
 struct StripPlace { int row, col, along; bool inside; };
 // unit: 4 strips, those of a block; on the CPU one strip.
 template <class S, bool kTranspose> __device__ __forceinline__ StripPlace strip_place(unsigned unit, int rows_covered, int cols_covered) {
-  const unsigned across = ceil_div(cols_covered, 128), down = ceil_div(rows_covered, 16), lane = threadIdx.x % S::kLanes, warp = threadIdx.x / 32;
+  const unsigned across = ceil_div(cols_covered, 128), down = ceil_div(rows_covered, 16), lane = threadIdx.x % S::kLanes, warp = S::kWarp ? warp_in_block() : 0;
   unsigned strip_row, strip_col;                               // neighbouring strips are neighbours in memory
   if (kTranspose) {
     const unsigned tiles = S::kWarp ? ceil_div(down, 4u) : down;
@@ -268,6 +268,7 @@ template <int kN> __device__ __forceinline__ uint32_t max_abs_pairs(const uint32
 // The rows of a strip that a thread holds, in turn.
 template <class S, bool kTranspose, class Source> struct StripRows {
   using E = typename Source::Element;
+  static constexpr int kUnroll = 1;                             // rows at once that pass 2 of NVFP4 deals with
   static constexpr bool kFewBits = sizeof(E) == 2;              // BF16: a quarter of an element is exact, and so are quarters of sums
   static constexpr bool kPairs = !kOnCpu && sizeof(E) == 2 && !kTranspose && S::kUnits == 1;
   uint32_t pairs;                                               // kPairs: the maxima of the elements read, as in max_abs_bf16x2()
@@ -358,6 +359,7 @@ template <class S, bool kTranspose, class Source> struct StripRows {
 // code * second. Codes of two rows of the strip, 4 apart, lie in one word and are decoded at once.
 template <class S> struct PackedRows {
   static constexpr bool kFewBits = false, kPairs = false;
+  static constexpr int kUnroll = 1;
   uint32_t word[S::kUnit / 2];                                  // as in StripRows
   const Packed& x;
   StripPlace at;
