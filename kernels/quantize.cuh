@@ -77,10 +77,19 @@
 //         from packed 1.03 to 1.06. A lane's four rows to four blocks where a matrix is small: weights 1.0, large columns 1.02. The maximum of a rotated
 //         block as |a| + |b| of its last butterfly: 1.00. RHT128's butterflies between lanes by a turn through shared memory and back, 24 operations for
 //         48 shuffles: rows .98, columns .99, from packed 1.02. Rounding to nearest with signs by pairs: more registers, 1.06; 4/6 without saturation: 1.05.
-//         Columns on an H100, where memory is what counts: 85 % of a copy, whatever the rounding (rows: 98), 86 to 87 since fewer blocks are there at once
-//         (column_blocks(); H200, 1.4 times the memory: 80 to 81). Streaming stores, tiles in the order of the operand's rows, a third square on its way,
-//         reading 256 bytes ahead into L2 (for the maximum of columns .95): 1.00. Tiles of 128 x 128 for columns alone, with two blocks of 256 threads:
-//         SR RHT16 .98, 1x128 .98, MS-EDEN .94 (H200: 1.01, 1.16, 1.09).
+//         Columns alone, percent of a copy, values under the tensor's scale, 65536 x 3072, amax known (H200, whose memory is 1.4 times as fast as an H100's):
+//                                                                              W^T    RN RHT16   SR RHT16
+//             tiles of 64 x 128, four warps each, as many as there is room for   80       79         79
+//             three of them a multiprocessor: closer together in memory          80       80         82
+//             squares of 128 x 128, 16 warps each, one or two, down the rows     86       86         79
+//             rows of the square as long as they are; nothing spilled            90       89         85
+//             whole sectors by pairs of lanes (store_values())                   92       88         87
+//         Between these lines: what a kernel spills it reads back through a cache that its stores keep emptying, 16 bytes a thread cost SR 4 %. Constants
+//         move to uniform registers (SR: 40 instructions of 750) only if neither a loop nor a condition of some lanes alone encloses what uses them: so the
+//         edges of x are part of the plain case. In place of these squares, one or two a multiprocessor: 128 x 256 and 1024 threads .99 to 1.07 of the time,
+//         64 x 256 1.03 to 1.05, 64 x 128 and 256 threads 1.05 to 1.07, the same with three of them in shared memory 1.04 to 1.09, 32 x 256 1.2 (four warps).
+//         Reading so that L2 forgets first 1.02 to 1.06. Rows of the operand stored by the copy engine (cp.async.bulk) 1.25 to 1.6. Whole sectors for row
+//         copies 1.00 to 1.07, for both copies 1.04 to 1.07. Two rows at once for both copies 1.03 to 1.4, from packed 1.01, post_hoc .97 (used).
 #pragma once
 #include <map>
 #include "operand.cuh"    // defines: Operand4, QuantizeHow, dequantize
@@ -376,9 +385,33 @@ __device__ __forceinline__ Parts parts_of(const Operand4& out) {
 // Writes codes, and values magnitude * scale (* outer), of the elements from column `col` on; the signs are those of v. ScaleKind: a scale with few
 // bits, so that its products with magnitudes are BF16 numbers; one of FP32; or one of few bits with an outer scale of FP32.
 enum class ScaleKind { few_bits, fp32, outer };
+// Stores a lane's 16 values. paired: so does the neighbouring lane, which has the 16 beside them in the same row, and both hold 16 bytes of each other's:
+// then a store fills sectors of 32 bytes, and not halves of them.
+template <int kN> __device__ __forceinline__ void store_values(floatX* to, const Vec<floatX, kN>& q, [[maybe_unused]] bool paired) {
+#ifndef CPU_BUILD
+  if constexpr (kN == 16 && sizeof(floatX) == 2) {
+    if (paired) {
+      const bool odd = threadIdx.x & 1;
+      uint32_t w[8], first[4], second[4];
+      memcpy(w, &q, sizeof w);
+#pragma unroll
+      for (int k = 0; k < 4; k++) {
+        const uint32_t other = __shfl_xor_sync(0xffffffffu, odd ? w[k] : w[4 + k], 1);
+        first[k] = odd ? other : w[k];
+        second[k] = odd ? w[4 + k] : other;
+      }
+      uint4* const at = (uint4*)(to - (odd ? 8 : 0));
+      at[0] = make_uint4(first[0], first[1], first[2], first[3]);
+      at[2] = make_uint4(second[0], second[1], second[2], second[3]);
+      return;
+    }
+  }
+#endif
+  store_vec(to, q);
+}
 template <ScaleKind kKind, int kN>
 __device__ __forceinline__ void store_block(const Operand4& out, Parts parts, unsigned row, unsigned col, const float (&magnitude)[kN], const float (&v)[kN],
-                                            float scale, float outer = 1) {
+                                            float scale, float outer = 1, bool paired = false) {
   const size_t at = (size_t)row * (unsigned)out.ld + col;
 #ifdef CPU_BUILD
   if (parts.codes) {
@@ -415,7 +448,7 @@ __device__ __forceinline__ void store_block(const Operand4& out, Parts parts, un
 #pragma unroll
       for (int j = 0; j < kN; j++) q.v[j] = from_float<floatX>(kKind == ScaleKind::outer ? rounded[j] * scale * outer : rounded[j] * scale);
     }
-    store_vec(out.values + at, q);
+    store_values(out.values + at, q, paired);
   }
 #endif
 }
@@ -424,7 +457,7 @@ __device__ __forceinline__ void store_block(const Operand4& out, Parts parts, un
 // e2m1_magnitude()).
 template <ScaleKind kKind, int kPairs>
 __device__ __forceinline__ void store_indices(const Operand4& out, Parts parts, unsigned row, unsigned col, const uint32_t (&index)[kPairs],
-                                              const uint32_t (&signs)[kPairs], float scale, float outer = 1) {
+                                              const uint32_t (&signs)[kPairs], float scale, float outer = 1, bool paired = false) {
   const size_t at = (size_t)row * (unsigned)out.ld + col;
   if (parts.codes) {
     auto two = [&](int j) {                                      // in the lowest byte
@@ -470,7 +503,7 @@ __device__ __forceinline__ void store_indices(const Operand4& out, Parts parts, 
       }
     }
   }
-  store_vec(out.values + at, q);
+  store_values(out.values + at, q, paired);
 }
 #endif
 // Rounds a block that is on the grid, and stores it.
@@ -713,6 +746,7 @@ __device__ __forceinline__ void nvfp4_strip(Rows& rows, const Operand4& out, con
   int rows_inside = 0;                                            // of this thread's, the first so many are within the operand
 #pragma unroll
   for (int i = 0; i < S::kRows; i++) rows_inside += (unsigned)rows.row(i) < (unsigned)out.rows && (S::kUnits > 1 || first_block < blocks);
+  const bool paired = S::kPairedStores && __all_sync(0xffffffffu, rows_inside == S::kRows);
   RowPart<S> v;
   unsigned tile_amax[S::kUnits] = {};
   if (tile) {
@@ -830,12 +864,12 @@ __device__ __forceinline__ void nvfp4_strip(Rows& rows, const Operand4& out, con
 #ifndef CPU_BUILD
         if (stochastic) {
           if (wide) store_indices<ScaleKind::outer>(out, parts, row, col, index[u], signs[u], scale[u].scale, scale[u].outer);
-          else store_indices<ScaleKind::few_bits>(out, parts, row, col, index[u], signs[u], scale[u].scale);
+          else store_indices<ScaleKind::few_bits>(out, parts, row, col, index[u], signs[u], scale[u].scale, 1, paired);
           continue;
         }
 #endif
         if (wide) store_block<ScaleKind::outer>(out, parts, row, col, magnitude[u], v[u], scale[u].scale, scale[u].outer);
-        else store_block<ScaleKind::few_bits>(out, parts, row, col, magnitude[u], v[u], scale[u].scale);
+        else store_block<ScaleKind::few_bits>(out, parts, row, col, magnitude[u], v[u], scale[u].scale, 1, paired);
       } else if (row < (unsigned)how.rows_covered && col < (unsigned)how.cols_covered) {           // padding
         if (out.scales) out.scales[scale_offset(row, block, blocks)] = 0;
         if (row < (unsigned)out.rows && col < (unsigned)out.ld) clear_block<16>(out, row, col, 8);
@@ -988,7 +1022,7 @@ __device__ __forceinline__ void post_hoc_strip(Rows& rows, const Operand4& out, 
   }
 #endif
   if constexpr (S::kWarp) draw[0][0] = random_block(how.key, how.rounds, eden_draw(at.row, first_block, blocks));
-#pragma unroll 1
+#pragma unroll Rows::kUnrollPostHoc
   for (int i = 0; i < S::kRows; i++) {
     const unsigned row = (unsigned)rows.row(i);
     RowPart<S> v;
@@ -1228,7 +1262,7 @@ __device__ __forceinline__ void for_each_square(const Matrix<bf16>& x, unsigned 
 // The rows of a strip, from a square in shared memory. row, col: of the operand, where the square begins; strip: 0 to 7.
 template <class S, bool kTranspose> struct SquareRows {
   static constexpr bool kFewBits = true, kPairs = !kTranspose;
-  static constexpr int kUnroll = 1;
+  static constexpr int kUnroll = 1, kUnrollPostHoc = 1;
   StripPlace at;
   const bf16* from;
   uint32_t pairs, word[S::kUnit / 2];                           // as in StripRows
@@ -1277,6 +1311,7 @@ constexpr int kColumnThreads = 512, kColumnMore = 16;
 struct HalfStrip {
   static constexpr bool kWarp = true;
   static constexpr int kUnit = 16, kUnits = 1, kAlong = 4, kLanes = 32, kDown = 8, kRows = 2;       // as in Share
+  static constexpr bool kPairedStores = true;
 };
 struct SquareColumns {
   static constexpr bool kFewBits = true, kPairs = false;

@@ -18,7 +18,7 @@
 // into shared memory, by whole 128-byte lines, and read it from there down its columns. Both write 256 contiguous bytes a row.
 constexpr int kStripThreads = 128;          // of a block on a GPU
 template <int kUnitColumns, bool kWarpAStrip> struct Share {
-  static constexpr bool kWarp = kWarpAStrip;
+  static constexpr bool kWarp = kWarpAStrip, kPairedStores = false;                 // store_values()
   static constexpr int kUnit = kUnitColumns;                   // columns of a block: 16, or 32 for MX formats
   static constexpr int kUnits = kWarp ? 1 : 128 / kUnit;       // blocks of a row that a thread holds
   static constexpr int kAlong = kWarp ? 128 / kUnit : 1;       // lanes along a row
@@ -268,7 +268,7 @@ template <int kN> __device__ __forceinline__ uint32_t max_abs_pairs(const uint32
 // The rows of a strip that a thread holds, in turn.
 template <class S, bool kTranspose, class Source> struct StripRows {
   using E = typename Source::Element;
-  static constexpr int kUnroll = 1;                             // rows at once that pass 2 of NVFP4 deals with
+  static constexpr int kUnroll = 1, kUnrollPostHoc = 1;         // rows at once that pass 2 of NVFP4 deals with
   static constexpr bool kFewBits = sizeof(E) == 2;              // BF16: a quarter of an element is exact, and so are quarters of sums
   static constexpr bool kPairs = !kOnCpu && sizeof(E) == 2 && !kTranspose && S::kUnits == 1;
   uint32_t pairs;                                               // kPairs: the maxima of the elements read, as in max_abs_bf16x2()
@@ -359,7 +359,7 @@ template <class S, bool kTranspose, class Source> struct StripRows {
 // code * second. Codes of two rows of the strip, 4 apart, lie in one word and are decoded at once.
 template <class S> struct PackedRows {
   static constexpr bool kFewBits = false, kPairs = false;
-  static constexpr int kUnroll = 1;
+  static constexpr int kUnroll = 1, kUnrollPostHoc = 2;
   uint32_t word[S::kUnit / 2];                                  // as in StripRows
   const Packed& x;
   StripPlace at;
