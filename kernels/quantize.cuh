@@ -411,7 +411,7 @@ template <int kN> __device__ __forceinline__ void store_values(floatX* to, const
 }
 template <ScaleKind kKind, int kN>
 __device__ __forceinline__ void store_block(const Operand4& out, Parts parts, unsigned row, unsigned col, const float (&magnitude)[kN], const float (&v)[kN],
-                                            float scale, float outer = 1, bool paired = false) {
+                                            float scale, float outer = 1, [[maybe_unused]] bool paired = false) {
   const size_t at = (size_t)row * (unsigned)out.ld + col;
 #ifdef CPU_BUILD
   if (parts.codes) {
