@@ -123,7 +123,8 @@ inline void compare_bytes(Mismatches& m, const QuantizedBytes& got, const Quanti
 inline QuantizeHow random_how(bool transpose, bool tile16, bool stochastic, bool hadamard, Rng& rng) {
   QuantizeHow how;
   how.transpose = transpose; how.tile16 = tile16; how.stochastic = stochastic; how.hadamard = hadamard ? 16 : 0;
-  how.signs = hadamard ? (uint32_t)(rng.next() >> 48) : 0;
+  const uint32_t any_signs = (uint32_t)(rng.next() >> 48);
+  how.signs = !hadamard ? 0 : any_signs & 1 ? any_signs : kFixedSigns;                  // kernels of their own have the fixed ones as constants
   how.key = {rng.next(), (uint32_t)rng.below(1 << 30), (uint32_t)(rng.next() >> 32)};
   return how;
 }

@@ -571,6 +571,51 @@ inline void test_rotated_maxima() {
   check("among them were infinite ones, and NaN", infinite >= 12 && nans >= 24, "%d, %d", infinite, nans);
 }
 
+// So many squares that a block takes several, on a large GPU too: column copies, alone and made together with the row copy, have the bits of the transposed
+// matrix's row copy.
+inline void test_many_squares() {
+  Mismatches m;
+  Rng rng(191);
+  const int rows = kOnCpu ? 408 : 4104, cols = kOnCpu ? 264 : 2056;
+  const std::vector<bf16> x = narrow<bf16>(widen(as_stored<bf16>(quantizer_data(kHeavyTail, rows, cols, 192))));
+  std::vector<bf16> turned(x.size());
+  for (int r = 0; r < rows; r++) for (int c = 0; c < cols; c++) turned[(size_t)c * rows + r] = x[(size_t)r * cols + c];
+  TestArray<bf16> on_device(x), turned_on_device(turned);
+  auto key = [&](const OperandRecipe& o) {
+    QuantizeHow how = random_key(rng, true);
+    how.recipe = o;
+    if (o.signs == Signs::fixed) how.sign_bits[0] = kFixedSigns;
+    return how;
+  };
+  auto compare = [&](OperandOnDevice& got, QuantizeHow how, const std::string& text) {
+    OperandOnDevice want(how.recipe, cols, rows);
+    how.transpose = false;
+    quantize(want.out, (const bf16*)turned_on_device.p, how, want.groups.p);
+    compare_operands(m, got.read(how.recipe), want.read(how.recipe), text);
+  };
+  const std::string sr = "nvfp4 rounding=stochastic", rn16 = "nvfp4 rht=16 signs=fixed", sr16 = sr + " rht=16 signs=fixed", outer = sr + " outer=1x128 rht=16 signs=fresh",
+                    post_hoc = "nvfp4 rounding=eden16 scale=post_hoc rht=128 signs=fresh";
+  for (const std::string& text : {std::string("nvfp4"), std::string("nvfp4 blocks=16x16"), sr, rn16, sr16}) {
+    const OperandRecipe o = operand_of(text);
+    const QuantizeHow how = key(o);
+    OperandOnDevice d(o, cols, rows);
+    quantize<true>(d.out, (const bf16*)on_device.p, how, d.groups.p);
+    compare(d, how, text);
+  }
+  for (const auto& [row_text, column_text] : {std::pair(sr, sr16), std::pair(std::string("nvfp4"), rn16), std::pair(outer, outer), std::pair(post_hoc, post_hoc)}) {
+    const OperandRecipe row = operand_of(row_text), column = operand_of(column_text);
+    QuantizeHow how = key(row);
+    how.transpose = false;
+    const QuantizeHow column_how = key(column);
+    OperandOnDevice a(row, rows, cols), b(column, cols, rows), c(row, rows, cols);
+    TestArray<uint32_t> groups(group_words(rows, round_up(cols, 128)) + group_words(cols, round_up(rows, 128)));
+    quantize_both<true>(a.out, how, b.out, column_how, (const bf16*)on_device.p, groups.p);
+    quantize(c.out, (const bf16*)on_device.p, how, c.groups.p);
+    compare_operands(m, a.read(row), c.read(row), row_text + ", rows");
+    compare(b, column_how, column_text + ", both copies");
+  }
+  m.report("squares by the hundred: column copies have the bits of the transposed matrix's row copy");
+}
 // Both copies of a matrix from one reading, and both maxima: the bits of quantize(), once for each copy. Squares at the edges, several for a block, rows
 // that do not start on 16 bytes (then there are two kernels); and pairs that no kernel is known for.
 inline void test_both_copies() {
@@ -1784,7 +1829,7 @@ inline void test_recipe_training() {
 // Among the kernels' checks: in both thread orders.
 inline void test_quantizer_forms() {
   if (section("quantizers: a warp a strip, a thread a strip, a thread a block")) {
-    test_strip_forms(); test_rotated_maxima(); test_both_copies(); test_alpha_and_amax(); test_packed_sources(); test_simple_quantizer();
+    test_strip_forms(); test_rotated_maxima(); test_both_copies(); test_many_squares(); test_alpha_and_amax(); test_packed_sources(); test_simple_quantizer();
   }
 }
 inline void test_recipes() {

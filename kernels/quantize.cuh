@@ -100,7 +100,8 @@
 
 // ------------------------------------------------------------------ recipes known to the compiler
 // A kernel that asks for every word of a recipe at run time has 5,500 instructions, of which a recipe uses about a tenth, here and there. So a GPU
-// has a kernel for each NVFP4 operand that the table of recipes makes from BF16, or doubly; all others, and the CPU, take the one for `any`.
+// has a kernel for each NVFP4 operand that the table of recipes makes from BF16, or doubly (column copies: KnownColumns, below); all others take the one
+// for `any`, and so do columns of a matrix whose rows do not start on 16 bytes, and the CPU.
 enum class Known { any, rn, tile, tile46, sr, sr16, rn16, outer_rn, outer_sr16, rn46, eden_rht128 };
 __host__ __device__ constexpr OperandRecipe known_recipe(Known k) {
   OperandRecipe r;
@@ -1306,11 +1307,12 @@ template <class S, bool kTranspose> struct SquareRows {
 };
 // Columns alone, where they need no scale of 128 columns. What a GPU's memory takes from few squares at a time it takes fastest, and so few squares are
 // to keep a whole multiprocessor busy: a block has 16 warps, each of which makes half a strip, 16 x 64, and a lane two neighbouring rows of the operand,
-// which come in one word. Banks: lane (a, d) is at word 1096 a + d = 8 a + d (mod 32), a < 4, d < 8: all of them once.
+// which come in one word. Banks: lane (a, d) is at word 1032 a + d = 8 a + d (mod 32), a < 4, d < 8: all of them once.
 constexpr int kColumnThreads = 512, kColumnMore = 16;
 struct HalfStrip {
   static constexpr bool kWarp = true;
-  static constexpr int kUnit = 16, kUnits = 1, kAlong = 4, kLanes = 32, kDown = 8, kRows = 2;       // as in Share
+  static constexpr int kUnit = 16, kUnits = 1, kAlong = 4, kLanes = 32, kDown = 8, kRows = 2;       // as in Share, but that a
+                                                                                                    // lane's rows are neighbours
   static constexpr bool kPairedStores = true;
 };
 struct SquareColumns {
@@ -1338,6 +1340,8 @@ struct SquareColumns {
 template <Known kKnown>
 __global__ void __launch_bounds__(kColumnThreads, 2)
 nvfp4_columns_kernel(Operand4 out, const uint32_t* four_tiles, Matrix<bf16> x, BlockHow how) {
+  constexpr OperandRecipe kRecipe = known_recipe(kKnown);
+  static_assert(kRecipe.outer == Outer::tensor && kRecipe.signs != Signs::fresh && kRecipe.rht <= 16 && kRecipe.rounding != Rounding::eden16, "not by half strips");
   make_known<kKnown>(how);
   DYNAMIC_SHARED(bf16, shared);
   const TensorScale tensor = known_tensor_scale(how.recipe, out.amax);
@@ -1634,6 +1638,19 @@ template <class Kernel> unsigned resident_blocks(Kernel kernel, [[maybe_unused]]
   return (unsigned)(min(max(blocks, 1), most) * multiprocessors());
 #endif
 }
+// How many blocks with so many bytes of shared memory each a multiprocessor holds.
+inline unsigned shared_holds([[maybe_unused]] size_t bytes) {
+#ifdef CPU_BUILD
+  return 3;
+#else
+  static const size_t all = [] {
+    int n = 0;
+    CUDA_CHECK(cudaDeviceGetAttribute(&n, cudaDevAttrMaxSharedMemoryPerMultiprocessor, 0));
+    return (size_t)n;
+  }();
+  return (unsigned)(all / (bytes + 1024));
+#endif
+}
 // Runs a kernel with a warp for every strip (on the CPU: a thread), four strips a block. `stay`: at most so many blocks a multiprocessor, which go on to
 // the next strips, as for columns, which fetch ahead, and for maxima; 0: a block for every four strips. (Blocks of rows that stay, the next strip's
 // first row on its way: 1.00 to 1.09 times as long, SR without a rotation .95; H200.)
@@ -1672,8 +1689,10 @@ template <Known k, Known... others, class Go> bool with_columns(const BlockHow& 
   go(nvfp4_columns_kernel<k>);
   return true;
 }
-// Blocks of it a multiprocessor: where memory is all that it waits for, one is faster than two.
-inline unsigned column_blocks(const OperandRecipe& r, const Operand4& out) { return r.rounding == Rounding::stochastic || out.codes ? 2 : 1; }
+// Blocks of it a multiprocessor: where memory is all that it waits for, one is faster than two. (Consumer GPUs have room for one.)
+inline unsigned column_blocks(const OperandRecipe& r, const Operand4& out) {
+  return r.rounding == Rounding::stochastic || out.codes ? min(2u, shared_holds(kSquareShared<kColumnMore>)) : 1;
+}
 // The scale buffer has padding rows and blocks to clear; the emulation has neither, only columns up to ld.
 inline void cover(BlockHow& how, const Operand4& out) {
   const int scale_cols = is_mx(how.recipe.format) ? 32 : 16;
@@ -1791,18 +1810,7 @@ template <Known... row, Known... column> bool pair_is_known(const OperandRecipe&
 }
 inline bool pair_is_known(const OperandRecipe& row, const OperandRecipe& column) { return pair_is_known(row, column, KnownPairs{}); }
 // Does a multiprocessor hold enough blocks with two squares each? (It takes 208 KB: H100 and B200 have them, A100 and consumer GPUs have not.)
-inline bool both_fit() {
-#ifdef CPU_BUILD
-  return true;
-#else
-  static const bool fit = [] {
-    int bytes = 0;
-    CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, 0));
-    return (size_t)bytes >= kBothBlocks * (kSquareShared<> + 1024);
-  }();
-  return fit;
-#endif
-}
+inline bool both_fit() { return shared_holds(kSquareShared<>) >= kBothBlocks; }
 inline unsigned both_blocks(unsigned squares) { return min(squares, (unsigned)(kBothBlocks * multiprocessors())); }
 // What two operands need to know of x [rows, cols] before they are quantized with amax_known: row: max|x| as `straight` rotates its rows; column:
 // that of x^T as `turned` rotates it. In one reading where the rows are not rotated, or both are by 128; else in two.

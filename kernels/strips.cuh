@@ -15,7 +15,8 @@
 // more than the strip. In a warp, 8 lanes (4 for blocks of 32) lie side by side along a row and hold a block each, so that all that blocks have in
 // common is found by shuffles: the tile of 16x16, the outer scale of 1x128, a rotation of up to 128. A lane goes through 4 (2) rows, one by one.
 // The row copy reads 32 contiguous bytes a thread. For the column copy the 4 warps of a block bring a tile of 128 rows x 64 columns of the source
-// into shared memory, by whole 128-byte lines, and read it from there down its columns. Both write 256 contiguous bytes a row.
+// into shared memory, by whole 128-byte lines, and read it from there down its columns. Both write 256 contiguous bytes a row. (The column copies that
+// matter most, and both copies at once, are made from squares: quantize.cuh.)
 constexpr int kStripThreads = 128;          // of a block on a GPU
 template <int kUnitColumns, bool kWarpAStrip> struct Share {
   static constexpr bool kWarp = kWarpAStrip, kPairedStores = false;                 // store_values()
