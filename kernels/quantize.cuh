@@ -1689,9 +1689,25 @@ template <Known k, Known... others, class Go> bool with_columns(const BlockHow& 
   go(nvfp4_columns_kernel<k>);
   return true;
 }
+// Bytes that memory can bring a multiprocessor in a clock: A100 and H100 13, H200 19, B200 27, consumer GPUs 4 to 5.
+inline double memory_bytes_a_clock() {
+#ifdef CPU_BUILD
+  return 0;
+#else
+  static const double bytes = [] {
+    int memory = 0, bits = 0, clock = 0;
+    CUDA_CHECK(cudaDeviceGetAttribute(&memory, cudaDevAttrMemoryClockRate, 0));
+    CUDA_CHECK(cudaDeviceGetAttribute(&bits, cudaDevAttrGlobalMemoryBusWidth, 0));
+    CUDA_CHECK(cudaDeviceGetAttribute(&clock, cudaDevAttrClockRate, 0));
+    return 2.0 * memory * bits / 8 / ((double)max(clock, 1) * multiprocessors());
+  }();
+  return bytes;
+#endif
+}
 // Blocks of it a multiprocessor: where memory is all that it waits for, one is faster than two. (Consumer GPUs have room for one.)
 inline unsigned column_blocks(const OperandRecipe& r, const Operand4& out) {
-  return r.rounding == Rounding::stochastic || out.codes ? min(2u, shared_holds(kSquareShared<kColumnMore>)) : 1;
+  const bool waits = !out.codes && (r.rounding == Rounding::nearest || memory_bytes_a_clock() < 16);
+  return waits ? 1 : min(2u, shared_holds(kSquareShared<kColumnMore>));
 }
 // The scale buffer has padding rows and blocks to clear; the emulation has neither, only columns up to ld.
 inline void cover(BlockHow& how, const Operand4& out) {
