@@ -136,7 +136,7 @@ template <> struct KnownFor<true, true, Packed> { using List = KnownList<Known::
 // Blocks of each kernel that a multiprocessor is to hold: what their registers allow and, for columns, the shared memory of their tiles.
 constexpr int kMxBlocks = 4, kPlainBlocks = 6;
 __host__ __device__ constexpr int amax_blocks(bool columns) { return columns ? 5 : 8; }
-// Six for columns of a matrix, and not five: .98 of the time with MS-EDEN, 1.00 with the others (H200). Eight for rows to nearest, which wait for memory.
+// Six for columns of a matrix, and not five: .98 of the time with MS-EDEN, 1.00 with 1x128 (H200). Eight for rows to nearest, which wait for memory.
 __host__ __device__ constexpr int nvfp4_blocks(bool columns, bool of_a_matrix, Known k) {
   return !of_a_matrix || k == Known::any ? 5 : columns ? 6 : k == Known::rn || k == Known::tile ? 8 : 5;
 }
@@ -1626,8 +1626,8 @@ inline void unpack_values(const Operand4& p, const OperandRecipe& how) {
 inline bool needs_amax(const OperandRecipe& r) {
   return (r.format == Format::nvfp4 && r.outer == Outer::tensor && !is_post_hoc(r)) || is_fp8(r.format) || r.format == Format::fp4_vector;
 }
-// Blocks of kernel<<<., threads>>> that the GPU holds at once, at most `most` a multiprocessor.
-template <class Kernel> unsigned resident_blocks(Kernel kernel, [[maybe_unused]] unsigned threads, [[maybe_unused]] int most) {
+// Blocks of kernel<<<., threads>>> that the GPU holds at once.
+template <class Kernel> unsigned resident_blocks(Kernel kernel, [[maybe_unused]] unsigned threads) {
 #ifdef CPU_BUILD
   (void)kernel;
   return 2;                                                    // so few that the tests' blocks stay, too, and fetch ahead
@@ -1635,7 +1635,7 @@ template <class Kernel> unsigned resident_blocks(Kernel kernel, [[maybe_unused]]
   static std::map<const void*, int> known;                     // one map for all kernels of a type
   int& blocks = known[(const void*)kernel];
   if (!blocks) CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, (int)threads, 0));
-  return (unsigned)(min(max(blocks, 1), most) * multiprocessors());
+  return (unsigned)(max(blocks, 1) * multiprocessors());
 #endif
 }
 // How many blocks with so many bytes of shared memory each a multiprocessor holds.
@@ -1651,13 +1651,12 @@ inline unsigned shared_holds([[maybe_unused]] size_t bytes) {
   return (unsigned)(all / (bytes + 1024));
 #endif
 }
-// Runs a kernel with a warp for every strip (on the CPU: a thread), four strips a block. `stay`: at most so many blocks a multiprocessor, which go on to
-// the next strips, as for columns, which fetch ahead, and for maxima; 0: a block for every four strips. (Blocks of rows that stay, the next strip's
+// Runs a kernel with a warp for every strip (on the CPU: a thread), four strips a block. `stay`: as many blocks as there is room for, which go on to
+// the next strips, as for columns, which fetch ahead, and for maxima; if not, a block for every four strips. (Blocks of rows that stay, the next strip's
 // first row on its way: 1.00 to 1.09 times as long, SR without a rotation .95; H200.)
-constexpr int kStayAll = 32;                                   // as many as there is room for
-template <bool kTranspose, bool kWarp, class Kernel, class... A> void launch_strips(Kernel kernel, int stay, int rows, int cols, A... args) {
+template <bool kTranspose, bool kWarp, class Kernel, class... A> void launch_strips(Kernel kernel, bool stay, int rows, int cols, A... args) {
   const unsigned units = strip_units<Share<16, kWarp>, kTranspose>(rows, cols), threads = kWarp ? kStripThreads : 8;
-  const unsigned blocks = !kWarp ? ceil_div(units, 8u) : stay ? min(units, resident_blocks(kernel, threads, stay)) : units;
+  const unsigned blocks = !kWarp ? ceil_div(units, 8u) : stay ? min(units, resident_blocks(kernel, threads)) : units;
   launch(kernel, blocks, threads, 0, args...);
 }
 template <bool kTranspose, bool kWarp, class Source>
@@ -1665,7 +1664,7 @@ void launch_amax(float* plain, float* rotated, uint32_t* row_amax, const Source&
   if (row_amax) device_zero(row_amax, (size_t)rows);
   how.rows_covered = rows;
   how.cols_covered = cols;
-  auto go = [&](auto kernel) { launch_strips<kTranspose, kWarp>(kernel, kStayAll, rows, cols, (unsigned*)plain, (unsigned*)rotated, row_amax, x, how); };
+  auto go = [&](auto kernel) { launch_strips<kTranspose, kWarp>(kernel, true, rows, cols, (unsigned*)plain, (unsigned*)rotated, row_amax, x, how); };
   if constexpr (!kWarp) return go(amax_kernel<kTranspose, kWarp, Source, -1>);
   else if (how.recipe.rht == 0) go(amax_kernel<kTranspose, kWarp, Source, 0>);
   else if (how.recipe.rht == 16) go(amax_kernel<kTranspose, kWarp, Source, 16>);
@@ -1730,8 +1729,7 @@ void launch_quantize(const Operand4& out, const Source& x, BlockHow how, uint32_
     launch_amax<kTranspose, kWarp>(r.rht ? nullptr : out.amax, r.rht ? out.amax : nullptr, r.format == Format::fp4_vector ? groups : nullptr, x,
                                    out.rows, out.cols, how);
   cover(how, out);
-  const int stay = kTranspose ? kStayAll : 0;
-  auto go = [&](auto kernel, auto... args) { launch_strips<kTranspose, kWarp>(kernel, stay, how.rows_covered, how.cols_covered, args...); };
+  auto go = [&](auto kernel, auto... args) { launch_strips<kTranspose, kWarp>(kernel, kTranspose, how.rows_covered, how.cols_covered, args...); };
   if (is_mx(r.format)) return go(mx_kernel<kTranspose, kWarp, Source>, out, x, how);
   if (r.format != Format::nvfp4) return go(plain_kernel<kTranspose, kWarp, Source>, out, groups, x, how);
   if (is_post_hoc(r)) {
