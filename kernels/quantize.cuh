@@ -87,9 +87,12 @@
 //         Between these lines: what a kernel spills it reads back through a cache that its stores keep emptying, 16 bytes a thread cost SR 4 %. Constants
 //         move to uniform registers (SR: 40 instructions of 750) only if neither a loop nor a condition of some lanes alone encloses what uses them: so the
 //         edges of x are part of the plain case. In place of these squares, one or two a multiprocessor: 128 x 256 and 1024 threads .99 to 1.07 of the time,
-//         64 x 256 1.03 to 1.05, 64 x 128 and 256 threads 1.05 to 1.07, the same with three of them in shared memory 1.04 to 1.09, 32 x 256 1.2 (four warps).
+//         64 x 256 1.03 to 1.05, 64 x 128 and 256 threads 1.05 to 1.07, the same with three of them in shared memory 1.04 to 1.12, 32 x 256 1.2 (four warps).
 //         Reading so that L2 forgets first 1.02 to 1.06. Rows of the operand stored by the copy engine (cp.async.bulk) 1.25 to 1.6. Whole sectors for row
 //         copies 1.00 to 1.07, for both copies 1.04 to 1.07. Two rows at once for both copies 1.03 to 1.4, from packed 1.01, post_hoc .97 (used).
+//         With the old tiles: three a multiprocessor, 1x128 SR RHT16 1.12, MS-EDEN 1.14 (H100 .95, 1.01); on an H100 streaming stores, the order of the operand's
+//         rows, a third tile on its way, 256 bytes read ahead into L2 1.00 (the last for the maximum of columns .95); squares with two blocks of 256 threads,
+//         SR RHT16 .98, 1x128 .98, MS-EDEN .94 (H200 1.01, 1.16, 1.09).
 #pragma once
 #include <map>
 #include "operand.cuh"    // defines: Operand4, QuantizeHow, dequantize
@@ -1207,43 +1210,43 @@ __global__ void __launch_bounds__(256, 4) align_post_hoc_kernel(AlignJobs jobs) 
 //         d < 4: 16 words in 16 banks, two lanes each. cp.async: 8 lanes write 128 bytes in a row.
 constexpr int kSquare = 128;
 constexpr int kBothThreads = 256, kBothBlocks = 3;             // of a block; blocks that a multiprocessor is to hold
-// kMore: elements more after every 16 rows; 16 for columns alone (below), whose rows are as long as they are.
-template <int kMore = 8> __host__ __device__ constexpr int square_offset(int row, int column) {
-  return kMore == 16 ? row * kSquare + row / 16 * kMore + column : row * (kSquare + 8) + row / 16 * kMore + column + column / 64 * 8;
+// kColumns: for columns alone (below), where a row of the square takes 256 bytes, and 32 more after every 16 rows.
+template <bool kColumns = false> __host__ __device__ constexpr int square_offset(int row, int column) {
+  return kColumns ? row * kSquare + row / 16 * 16 + column : row * (kSquare + 8) + row / 16 * 8 + column + column / 64 * 8;
 }
-template <int kMore = 8> constexpr size_t kSquareShared = kTiles * square_offset<kMore>(kSquare, 0) * sizeof(bf16);
-template <int kThreads, int kMore>
+template <bool kColumns = false> constexpr size_t kSquareShared = kTiles * square_offset<kColumns>(kSquare, 0) * sizeof(bf16);
+template <int kThreads, bool kColumns>
 __device__ __forceinline__ void fetch_square(bf16* square, const Matrix<bf16>& x, int first_row, int first_col) {
   constexpr int kStep = kThreads / 16;                          // rows at once
   static_assert(kStep % 16 == 0, "a step is as long in the whole square");
-  constexpr bool kFewSteps = kStep > 16;                        // so few that an edge needs no case of its own
-  const int thread = (int)(kFewSteps ? behind_branch(threadIdx.x) : threadIdx.x), r = first_row + thread / 16, part = thread % 16 * 8;
-  bf16* to = square + square_offset<kMore>(thread / 16, part);
+  // Columns alone find their places again for every square, as no register is left to keep them in, and have no case of their own for edges.
+  const int thread = (int)(kColumns ? behind_branch(threadIdx.x) : threadIdx.x), r = first_row + thread / 16, part = thread % 16 * 8;
+  bf16* to = square + square_offset<kColumns>(thread / 16, part);
   const bf16* from = x.x + (size_t)r * x.cols + first_col + part;
   const size_t step = (size_t)kStep * x.cols;
-  if (!kFewSteps && first_row + kSquare <= x.rows && first_col + kSquare <= x.cols) {
+  if (!kColumns && first_row + kSquare <= x.rows && first_col + kSquare <= x.cols) {
 #pragma unroll
-    for (int row = 0; row < kSquare; row += kStep, from += step) cp_async<16>(to + square_offset<kMore>(row, 0), from, true);
+    for (int row = 0; row < kSquare; row += kStep, from += step) cp_async<16>(to + square_offset<kColumns>(row, 0), from, true);
     return;
   }
   const bool in_row = first_col + part < x.cols;                // rows of whole 16 bytes
-#pragma unroll (kFewSteps ? kSquare / kStep : 1)
+#pragma unroll (kColumns ? kSquare / kStep : 1)
   for (int row = 0; row < kSquare; row += kStep, from += step) {
     const bool inside = in_row && r + row < x.rows;
-    cp_async<16>(to + square_offset<kMore>(row, 0), inside ? from : x.x, inside);
+    cp_async<16>(to + square_offset<kColumns>(row, 0), inside ? from : x.x, inside);
   }
 }
-// Calls use(square, first row, first column) for this block's squares of the first `down` x `across`. Neighbouring blocks' squares lie side by side, or
-// with kDown one below the other, so that what they write of the column copy lies side by side.
-template <int kThreads, bool kDown = false, int kMore = 8, class Use>
+// Calls use(square, first row, first column) for this block's squares of the first `down` x `across`. Neighbouring blocks' squares lie side by side; with
+// kColumns one below the other, so that what they write lies side by side.
+template <int kThreads, bool kColumns = false, class Use>
 __device__ __forceinline__ void for_each_square(const Matrix<bf16>& x, unsigned down, unsigned across, bf16* shared, Use use) {
-  constexpr int kElements = square_offset<kMore>(kSquare, 0);
-  const unsigned length = kDown ? down : across, lines = kDown ? across : down, step = gridDim.x % length, step_lines = gridDim.x / length;
+  constexpr int kElements = square_offset<kColumns>(kSquare, 0);
+  const unsigned length = kColumns ? down : across, lines = kColumns ? across : down, step = gridDim.x % length, step_lines = gridDim.x / length;
   unsigned place = blockIdx.x % length, line = blockIdx.x / length, turn = 0;             // of the next square, which is not there if there is no such line
-  auto row = [&] { return (int)(kDown ? place : line) * kSquare; };
-  auto col = [&] { return (int)(kDown ? line : place) * kSquare; };
+  auto row = [&] { return (int)(kColumns ? place : line) * kSquare; };
+  auto col = [&] { return (int)(kColumns ? line : place) * kSquare; };
   auto fetch = [&] {
-    if (line < lines) fetch_square<kThreads, kMore>(shared + turn % kTiles * kElements, x, row(), col());
+    if (line < lines) fetch_square<kThreads, kColumns>(shared + turn % kTiles * kElements, x, row(), col());
     cp_async_commit();
   };
   fetch();
@@ -1308,7 +1311,7 @@ template <class S, bool kTranspose> struct SquareRows {
 // Columns alone, where they need no scale of 128 columns. What a GPU's memory takes from few squares at a time it takes fastest, and so few squares are
 // to keep a whole multiprocessor busy: a block has 16 warps, each of which makes half a strip, 16 x 64, and a lane two neighbouring rows of the operand,
 // which come in one word. Banks: lane (a, d) is at word 1032 a + d = 8 a + d (mod 32), a < 4, d < 8: all of them once.
-constexpr int kColumnThreads = 512, kColumnMore = 16;
+constexpr int kColumnThreads = 512;
 struct HalfStrip {
   static constexpr bool kWarp = true;
   static constexpr int kUnit = 16, kUnits = 1, kAlong = 4, kLanes = 32, kDown = 8, kRows = 2;       // as in Share, but that a
@@ -1322,13 +1325,13 @@ struct SquareColumns {
   uint32_t both[16];                                            // elements of both rows
   uint32_t pairs, word[8];                                      // as in StripRows
   __device__ __forceinline__ SquareColumns(const bf16* square, int row, int col) {
-    const unsigned thread = behind_branch(threadIdx.x);         // to be found again for every square: no register is left to keep it in
+    const unsigned thread = behind_branch(threadIdx.x);         // as in fetch_square()
     const int half = (int)(thread / 32), lane = (int)(thread % 32), along = lane % HalfStrip::kAlong, strip = half / 2 * 16;
     const int first = half % 2 * 64 + along * 16, down = lane / HalfStrip::kAlong * 2;
     at = {row + strip + down, col + first, along, true};
-    const bf16* from = square + square_offset<kColumnMore>(first, strip + down);
+    const bf16* from = square + square_offset<true>(first, strip + down);
 #pragma unroll
-    for (int j = 0; j < 16; j++) both[j] = *(const uint32_t*)(from + square_offset<kColumnMore>(j, 0));
+    for (int j = 0; j < 16; j++) both[j] = *(const uint32_t*)(from + square_offset<true>(j, 0));
   }
   __device__ __forceinline__ int row(int i) const { return at.row + i; }
   __device__ __forceinline__ void start() {}
@@ -1348,7 +1351,7 @@ nvfp4_columns_kernel(Operand4 out, const uint32_t* four_tiles, Matrix<bf16> x, B
   how.write_alpha(out.amax);
   const auto signs = input_signs<kKnown, SquareColumns>(how);
   const unsigned down = ceil_div((unsigned)how.cols_covered, (unsigned)kSquare), across = ceil_div((unsigned)how.rows_covered, (unsigned)kSquare);
-  for_each_square<kColumnThreads, true, kColumnMore>(x, down, across, shared, [&](const bf16* square, int row, int col) {
+  for_each_square<kColumnThreads, true>(x, down, across, shared, [&](const bf16* square, int row, int col) {
     SquareColumns columns(square, col, row);
     nvfp4_strip<HalfStrip>(columns, out, four_tiles, how, tensor, &signs);
   });
@@ -1671,24 +1674,15 @@ void launch_amax(float* plain, float* rotated, uint32_t* row_amax, const Source&
   else if (how.recipe.rht == 128) go(amax_kernel<kTranspose, kWarp, Source, 128>);
   else go(amax_kernel<kTranspose, kWarp, Source, -1>);
 }
-// Calls go(kernel) with the nvfp4_kernel for this recipe.
-template <bool kTranspose, bool kWarp, class Source, class Go> void with_known(const BlockHow&, KnownList<>, Go go) {
-  go(nvfp4_kernel<kTranspose, kWarp, Source, Known::any>);
-}
-template <bool kTranspose, bool kWarp, class Source, Known k, Known... others, class Go>
-void with_known(const BlockHow& how, KnownList<k, others...>, Go go) {
-  if (is_known(how.recipe, k, how.signs)) go(nvfp4_kernel<kTranspose, kWarp, Source, k>);
-  else with_known<kTranspose, kWarp, Source>(how, KnownList<others...>{}, go);
-}
-// The same with nvfp4_columns_kernel, if there is one.
-using KnownColumns = KnownList<Known::rn, Known::tile, Known::tile46, Known::sr, Known::sr16, Known::rn16>;
-template <class Go> bool with_columns(const BlockHow&, KnownList<>, Go) { return false; }
-template <Known k, Known... others, class Go> bool with_columns(const BlockHow& how, KnownList<k, others...>, Go go) {
-  if (!is_known(how.recipe, k, how.signs)) return with_columns(how, KnownList<others...>{}, go);
-  go(nvfp4_columns_kernel<k>);
+// Calls go(std::integral_constant<Known, k>) with the k of the list that this recipe is, if there is one.
+template <class Go> bool with_known(const BlockHow&, KnownList<>, Go) { return false; }
+template <Known k, Known... others, class Go> bool with_known(const BlockHow& how, KnownList<k, others...>, Go go) {
+  if (!is_known(how.recipe, k, how.signs)) return with_known(how, KnownList<others...>{}, go);
+  go(std::integral_constant<Known, k>{});
   return true;
 }
-// Bytes that memory can bring a multiprocessor in a clock: A100 and H100 13, H200 19, B200 27, consumer GPUs 4 to 5.
+using KnownColumns = KnownList<Known::rn, Known::tile, Known::tile46, Known::sr, Known::sr16, Known::rn16>;       // of nvfp4_columns_kernel
+// Bytes that memory can bring a multiprocessor in a clock: H100 12.8, as it says of itself; by their data sheets A100 13, H200 19, B200 27, RTX 5090 4.
 inline double memory_bytes_a_clock() {
 #ifdef CPU_BUILD
   return 0;
@@ -1706,7 +1700,7 @@ inline double memory_bytes_a_clock() {
 // Blocks of it a multiprocessor: where memory is all that it waits for, one is faster than two. (Consumer GPUs have room for one.)
 inline unsigned column_blocks(const OperandRecipe& r, const Operand4& out) {
   const bool waits = !out.codes && (r.rounding == Rounding::nearest || memory_bytes_a_clock() < 16);
-  return waits ? 1 : min(2u, shared_holds(kSquareShared<kColumnMore>));
+  return waits ? 1 : min(2u, shared_holds(kSquareShared<true>));
 }
 // The scale buffer has padding rows and blocks to clear; the emulation has neither, only columns up to ld.
 inline void cover(BlockHow& how, const Operand4& out) {
@@ -1746,14 +1740,14 @@ void launch_quantize(const Operand4& out, const Source& x, BlockHow how, uint32_
            (const float*)out.amax);
   }
   if constexpr (kTranspose && kWarp && std::is_same_v<Source, Matrix<bf16>>) {
-    auto go_by_squares = [&](auto kernel) {
+    auto by_squares = [&](auto known) {
       const unsigned squares = ceil_div(how.rows_covered, kSquare) * ceil_div(how.cols_covered, kSquare), most = column_blocks(r, out) * multiprocessors();
-      launch(kernel, min(squares, most), kColumnThreads, kSquareShared<kColumnMore>, out, groups, x, how);
+      launch(nvfp4_columns_kernel<decltype(known)::value>, min(squares, most), kColumnThreads, kSquareShared<true>, out, groups, x, how);
     };
-    if (x.cols % 8 == 0 && with_columns(how, KnownColumns{}, go_by_squares)) return;
+    if (x.cols % 8 == 0 && with_known(how, KnownColumns{}, by_squares)) return;
   }
-  with_known<kTranspose, kWarp, Source>(how, typename KnownFor<kTranspose, kWarp, Source>::List{},
-                                        [&](auto kernel) { go(kernel, out, groups, x, how); });
+  auto by_strips = [&](auto known) { go(nvfp4_kernel<kTranspose, kWarp, Source, decltype(known)::value>, out, groups, x, how); };
+  if (!with_known(how, typename KnownFor<kTranspose, kWarp, Source>::List{}, by_strips)) by_strips(std::integral_constant<Known, Known::any>{});
 }
 
 inline void check_operand(const Operand4& out, const OperandRecipe& r, const uint32_t* groups) {
